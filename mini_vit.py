@@ -39,10 +39,12 @@ SCRIPT = Path(__file__).stem
 LOG_COLUMNS = "iter", "learning_rate", "train_loss", "test_loss", "test_accuracy", "images_per_second", "seconds"
 LOG_LINE = (
     "step {iter}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {test_accuracy:.2%}, "
-    "{images_per_second:.0f} images/s, waited for data {waited:.1%} of the time, {seconds:.0f} s"
+    "{images_per_second:.0f} images/s, {seconds:.0f} s"
 )
-LOG_INTERVAL = 20  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
+LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
 SAVE_SECONDS = 300  # most seconds that a crash may cost
+# What --resume, --eval and --classify may change of a saved run.
+CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"
 
 # ---------------------------------------------------------------------------- hyperparameters
 
@@ -77,23 +79,21 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError, one line, for a value out of range."""
-        for name in ("batch_size", "max_iters", "eval_interval", "n_head", "d_head", "n_embd", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        for name in ("warmup_iters", "weight_decay", "subset", "holdout", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
-        for name in ("beta2", "label_smoothing", "dropout", "input_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a number from 0 to below 1, not {getattr(self, name)}")
-        for name, values in {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is not str and not f.type(f.name in AT_LEAST_ONE) <= value < (
+                1 if f.name in BELOW_ONE else math.inf
+            ):
+                raise ValueError(f"{f.name} can't be {value}")
+            if f.name in CHOICES and value not in CHOICES[f.name]:
+                raise ValueError(f"{f.name} must be {' or '.join(CHOICES[f.name])}, not {value}")
         if self.n_head * self.d_head != self.n_embd:
             raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
+
+
+AT_LEAST_ONE = "batch_size", "max_iters", "eval_interval", "n_head", "d_head", "n_embd", "n_layers"
+BELOW_ONE = "beta2", "label_smoothing", "dropout", "input_dropout"
+CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
 def fail(message: str):
@@ -258,10 +258,8 @@ class Transformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
-        kind, bfloat16 = x.device.type, self.precision == "bfloat16"
-        if self.precision == "auto":
-            bfloat16 = kind == "cuda"
-        with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
+        bfloat16 = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             x = self.embed(self.dropout(x))
             for block in self.blocks:
                 x = block(x)
@@ -395,56 +393,45 @@ def train(config: Config, state: dict) -> None:
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
     bar = tqdm(total=config.max_iters, initial=start, disable=None if rank == 0 else True)
-    saved = clock = time.perf_counter()
-    n_images, waited = 0, 0.0
+    clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
     for step in range(start + 1, config.max_iters + 1):
-        waiting = time.perf_counter()
         images, labels = next(batches)
-        waited += time.perf_counter() - waiting
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
         loss = F.cross_entropy(parallel(images), labels, label_smoothing=config.label_smoothing)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         loss, stopped = agree(loss.detach(), stop, world)
-        loss_sum += loss
-        n_images += config.batch_size
+        loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
+        bar.update()
         evaluating = step % config.eval_interval == 0 or step == config.max_iters
-        if step % LOG_INTERVAL == 0 or evaluating or stopped:  # reading the loss waits for the GPU: not every step
+        logging = step % LOG_INTERVAL == 0 or evaluating or stopped
+        if logging:  # reading the loss waits for the GPU: not every step
             if not loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
-            seconds = time.perf_counter() - clock
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {group['lr']:.1e}, {n_images / seconds:.0f} images/s", refresh=False
-            )
-            bar.update(step - bar.n)
+            speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
         if evaluating and rank == 0:
             test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
-            if not math.isfinite(test_loss):
-                fail(f"the test loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
-            train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
             accuracy = (probabilities.argmax(-1) == test_labels).double().mean().item()
-            row = step, group["lr"], train_loss, test_loss, accuracy, n_images / seconds, time.perf_counter() - began
+            train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
+            row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
             log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
-            bar.write(LOG_LINE.format(**log[-1], waited=waited / seconds))
-            sys.stdout.flush()
+            bar.write(LOG_LINE.format(**log[-1]))
         if evaluating:
             loss_sum.zero_()
-        if rank == 0 and (evaluating or stopped or time.perf_counter() - saved > SAVE_SECONDS):
+        if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
             run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
             progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
-            with replacing(out / "checkpoint.pt") as path, open(path, "wb") as file:
-                torch.save({**run, **progress, "optimizer": optimizer.state_dict()}, file)
+            save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
             saved = time.perf_counter()
-        if evaluating and rank == 0:
-            with replacing(out / "model.pt") as path, open(path, "wb") as file:
-                torch.save(run, file)
-            write_report(model, log, test_images, test_labels, probabilities, out)
-        if evaluating:
-            n_images, waited, clock = 0, 0.0, time.perf_counter()
+            if evaluating:
+                save(run, out / "model.pt")
+                write_report(model, log, test_images, test_labels, probabilities, out)
+                clock, clock_step = time.perf_counter(), step
         if stopped and step < config.max_iters:
             bar.close()
             if rank == 0:
@@ -472,19 +459,23 @@ def replacing(path: Path) -> Iterator[Path]:
         fail(f"can't write {path} ({error.strerror}); what stood there before is unharmed")
 
 
+def save(state: dict, path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
 def claim_folder(config: Config, mode: argparse.Namespace) -> None:
     """Make out_dir and see that it can be written and that no other run is in it, unless that is wanted."""
     out = Path(config.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / "log.csv", "a" if mode.resume or mode.overwrite else "x"):
-            pass
         if mode.overwrite:
-            for name in ("checkpoint.pt", "model.pt", "report.png"):
-                Path(out, name).unlink(missing_ok=True)
-    except FileExistsError if out.is_dir() else ():
-        fail(f"{out} holds a run: continue it with --resume, replace it with --overwrite, or choose another --out_dir")
+            for name in ("log.csv", "checkpoint.pt", "model.pt", "report.png"):
+                (out / name).unlink(missing_ok=True)
+        open(out / "log.csv", "a" if mode.resume else "x").close()
     except OSError as error:
+        if isinstance(error, FileExistsError) and out.is_dir():
+            fail(f"{out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out_dir")
         fail(f"can't write into {out}: {error.strerror}")
 
 
@@ -651,18 +642,8 @@ def saved_config(state: dict, given: dict) -> Config:
     """Return a saved run's Config, with those given fields that don't change what it is."""
     config = Config(**state["config"] | {"out_dir": Config.out_dir})
     for name, value in given.items():
-        if name not in (
-            "batch_size",
-            "max_iters",
-            "eval_interval",
-            "device",
-            "precision",
-            "compile",
-            "data_dir",
-            "out_dir",
-        ):
-            if value != getattr(config, name):
-                fail(f"the saved run has {name} {getattr(config, name)}, not {value}: leave out --{name} or start anew")
+        if name not in CHANGEABLE and value != getattr(config, name):
+            fail(f"the saved run has {name} {getattr(config, name)}, not {value}: leave out --{name} or start anew")
     return replace(config, **given)
 
 

@@ -1,0 +1,760 @@
+"""mini-ViT, augmented: the model of mini_vit.py, trained on images that are never the same twice.
+
+    python mini_vit_augment.py                 # train, on the GPU if there is one
+    diff mini_vit.py mini_vit_augment.py       # the experiment
+    python mini_vit_augment.py --resume        # go on after a stop; torchrun and all flags as in mini_vit.py
+
+The question: how far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing of
+images? Worker processes make them, so that training doesn't wait. out_dir/augmented.png shows some.
+"""
+
+import argparse
+import csv
+import inspect
+import itertools
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+LOG_COLUMNS = "iter", "learning_rate", "train_loss", "test_loss", "test_accuracy", "images_per_second", "seconds"
+LOG_LINE = (
+    "step {iter}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {test_accuracy:.2%}, "
+    "{images_per_second:.0f} images/s, {seconds:.0f} s"
+)
+LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
+SAVE_SECONDS = 300  # most seconds that a crash may cost
+# What --resume, --eval and --classify may change of a saved run.
+CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"
+
+# ---------------------------------------------------------------------------- hyperparameters
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; each line is also a flag of the same name."""
+
+    batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
+    max_iters: int = 1640  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 234  # optimizer steps from one evaluation, log line and checkpoint to the next
+    learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
+    warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
+    weight_decay: float = 0.05  # AdamW's, on matrices only
+    beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
+    grad_clip: float = 1.0  # largest norm of the gradient
+    label_smoothing: float = 0.0  # share of the target spread evenly over the 10 classes, in training
+    dropout: float = 0.1  # after attention and after feed-forward, in every block
+    rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
+    scaling: float = 0.12  # augmentation: largest change of size, as a share
+    shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
+    translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
+    elastic: float = 1.0  # augmentation: standard deviation of the bending, in pixels
+    num_workers: int = 4  # processes that make augmented batches; 0 makes them in the training process
+    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
+    n_head: int = 14  # attention heads; n_head * d_head must be n_embd
+    d_head: int = 56  # features per head; each one is a token
+    n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
+    n_layers: int = 16  # blocks
+    seed: int = 1  # of weights, order of images and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
+    precision: str = "auto"  # of matrix products: float32 or bfloat16; auto is bfloat16 on CUDA, else float32
+    compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
+    data_dir: str = "data"  # holds MNIST/raw/*.gz
+    out_dir: str = f"runs/{SCRIPT}"  # gets checkpoint.pt, model.pt, log.csv and report.png
+    subset: int = 0  # train and test on the first so many images of each set; 0 is all
+    holdout: int = 0  # test on so many last training images, kept out of training, not on the test set
+
+    def __post_init__(self):
+        """Raise ValueError, one line, for a value out of range."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is not str and not f.type(f.name in AT_LEAST_ONE) <= value < (
+                1 if f.name in BELOW_ONE else math.inf
+            ):
+                raise ValueError(f"{f.name} can't be {value}")
+            if f.name in CHOICES and value not in CHOICES[f.name]:
+                raise ValueError(f"{f.name} must be {' or '.join(CHOICES[f.name])}, not {value}")
+        if self.n_head * self.d_head != self.n_embd:
+            raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
+
+
+AT_LEAST_ONE = "batch_size", "max_iters", "eval_interval", "n_head", "d_head", "n_embd", "n_layers"
+BELOW_ONE = "beta2", "label_smoothing", "dropout", "input_dropout"
+CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
+
+
+def fail(message: str):
+    """End with one line on stderr and exit status 1."""
+    sys.stdout.flush()
+    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing.
+
+    torchvision checks the four archives' MD5 sums and unpacks them, here into a folder of its own each time
+    (0.4 s): so no run can see a file that another is still unpacking, or that somebody damaged since.
+    """
+    raw = Path(config.data_dir, "MNIST", "raw")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (copy := Path(folder, "MNIST", "raw")).mkdir(parents=True)
+            for archive in raw.glob("*.gz"):
+                shutil.copy(archive, copy)
+            train, test = (datasets.MNIST(folder, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError, EOFError) as error:
+        fail(f"the MNIST archives in {raw} are missing or damaged, and downloading failed ({error}); restore them")
+    sets = [(s.data.flatten(1)[: config.subset or None], s.targets[: config.subset or None]) for s in (train, test)]
+    if config.holdout:
+        if config.holdout >= len(sets[0][0]):
+            fail(f"holdout {config.holdout} leaves none of the {len(sets[0][0])} training images")
+        sets = [[x[: -config.holdout] for x in sets[0]], [x[-config.holdout :] for x in sets[0]]]
+    return *sets[0], *sets[1]
+
+
+def shuffled_indices(n_images: int, config: Config, start: int) -> Iterator[Tensor]:
+    """Yield (batch_size,) indices per iteration, from iteration `start` on; each pass takes each image once.
+
+    The order depends on the seed and the iteration alone, so that a resumed run goes on where it stopped.
+    """
+    first_pass, skip = divmod(start * config.batch_size, n_images)
+    order = torch.empty(0, dtype=torch.long)
+    for n_pass in itertools.count(first_pass):
+        generator = torch.Generator().manual_seed(hash((config.seed, n_pass)))
+        order = torch.cat([order, torch.randperm(n_images, generator=generator)[skip:]])
+        skip = 0
+        while len(order) >= config.batch_size:
+            yield order[: config.batch_size]
+            order = order[config.batch_size :]
+
+
+def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Return images (B, 784) uint8, each moved and bent by a random transform of its own.
+
+    A smooth displacement (elastic deformation: Simard et al. 2003) is spanned by 5 x 5 control points.
+    """
+
+    def uniform(limit: float) -> Tensor:
+        return limit * (2 * torch.rand(len(images), generator=generator) - 1)
+
+    angle, size = torch.deg2rad(uniform(config.rotation)), 1 + uniform(config.scaling)
+    cos, sin, shear = angle.cos() / size, angle.sin() / size, uniform(config.shear)
+    shift_x, shift_y = uniform(config.translation / 14), uniform(config.translation / 14)  # the image is 2 wide
+    theta = torch.stack([cos, sin + shear * cos, shift_x, -sin, cos - shear * sin, shift_y], -1).view(-1, 2, 3)
+    affine = F.affine_grid(torch.eye(2, 3)[None], (1, 1, 28, 28), align_corners=False).view(784, 2)
+    basis = torch.cat([F.pad(affine, (0, 1), value=1.0), ELASTIC_BASIS], -1)  # (784, 3 + 25)
+    bending = torch.randn(len(images), 2, 25, generator=generator) * config.elastic / 14
+    grid = torch.cat([theta, bending], -1) @ basis.T  # (B, 2, 784): where each pixel comes from
+    moved = F.grid_sample(images.view(-1, 1, 28, 28).float(), grid.mT.view(-1, 28, 28, 2), align_corners=False)
+    return moved.round().to(torch.uint8).flatten(1)
+
+
+ELASTIC_BASIS = F.interpolate(torch.eye(25).view(1, 25, 5, 5), size=(28, 28), mode="bicubic").view(25, 784).T
+
+
+class AugmentedBatches(Dataset):
+    """Makes this process's share of whole augmented batches, as tensors; a batch depends on seed and step alone."""
+
+    def __init__(self, images: Tensor, labels: Tensor, config: Config, rank: int):
+        self.images, self.labels, self.config, self.rank = images, labels, config, rank
+
+    def __getitem__(self, key: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        step, share = key
+        generator = torch.Generator().manual_seed(hash((self.config.seed, step, self.rank)))
+        return augment(self.images[share], self.config, generator), self.labels[share]
+
+
+def ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when to stop
+
+
+def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
+    """Yield this process's share, (images, labels) on the device, of each augmented batch from iteration `start` on."""
+    shares = (indices[rank::world] for indices in shuffled_indices(len(images), config, start))
+    batches = DataLoader(
+        AugmentedBatches(images, labels, config, rank),
+        batch_size=None,  # the dataset makes whole batches
+        sampler=zip(itertools.count(start), shares),
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_interrupts,
+        prefetch_factor=4 if config.num_workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    batches, waited, clock = iter(batches), 0.0, time.perf_counter()
+    for step in range(start + 1, config.max_iters + 1):
+        waiting = time.perf_counter()
+        images, labels = next(batches)
+        waited += time.perf_counter() - waiting
+        if rank == 0 and step == start + 1:
+            with replacing(Path(config.out_dir, "augmented.png")) as path:
+                save_image(images[:64].view(-1, 1, 28, 28) / 255, path, format="png", nrow=16)
+        if rank == 0 and step % config.eval_interval == 0:
+            tqdm.write(f"waited for data: {waited / (time.perf_counter() - clock):.1%} of the time")
+            waited, clock = 0.0, time.perf_counter()
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def row_sums(weights: Tensor, columns: list[Tensor]) -> list[Tensor]:
+    """Return Σ_j weights_ij c_j, (B, n_head, i), for each c, (B, n_head, j), of columns."""
+    if weights.is_cuda:  # torch.compile fuses these sums with the exp before: the weights never reach memory
+        return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
+    with torch.autocast(weights.device.type, enabled=False):
+        return (torch.stack(columns, -2) @ weights.mT).unbind(-2)  # this way round is 4 times as fast on a CPU
+
+
+class RankOneAttention(torch.autograd.Function):
+    """softmax_j(t_i k_j) v_j with O(d_head) memory per row: scores of width-1 tokens are an outer product.
+
+    The backward pass computes exp again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135), from
+    dt = do · (P(vk) - o · Pk), dv = Eᵀg, dk = v · Eᵀ(gt) - ... with P = E / n row by row and g = do / n.
+    """
+
+    @staticmethod
+    def weights(t: Tensor, k: Tensor, edge: Tensor) -> Tensor:
+        """Return exp(t_i (k_j - edge_i)), (B, n_head, i, j); the difference first keeps large scores exact."""
+        return (k.unsqueeze(-2) - edge.unsqueeze(-1)).mul_(t.unsqueeze(-1)).exp_()
+
+    @staticmethod
+    def forward(ctx, t: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The largest score of row i is t_i times the largest k, or the smallest where t_i is negative.
+        edge = torch.where(t >= 0, k.amax(-1, keepdim=True), k.amin(-1, keepdim=True))
+        n, *sums = row_sums(RankOneAttention.weights(t, k, edge), [torch.ones_like(k), v, k, v * k])
+        o, pk, pvk = (s / n for s in sums)
+        ctx.save_for_backward(t, k, v, edge, n, o, pvk - o * pk)
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t, k, v, edge, n, o, slope = ctx.saved_tensors
+        g = do / n
+        a, b, c = row_sums(RankOneAttention.weights(t, k, edge).mT, [g, g * t, g * o * t])
+        return do * slope, v * b - c, a
+
+
+def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return softmax_j(scale q_i k_j) v_j, exact, for q, k, v of shape (B, n_head, d_head).
+
+    Each of a head's d_head features is a token of width 1.
+    """
+    if q.device.type != "cpu":
+        return RankOneAttention.apply(q * scale, k, v)
+    n_images = max(1, 1_400_000 // (q.shape[1] * q.shape[2] ** 2))  # so many images' exps stay in a CPU's cache
+    parts = zip((q * scale).split(n_images), k.split(n_images), v.split(n_images), strict=True)
+    return torch.cat([RankOneAttention.apply(*part) for part in parts])
+
+
+class MultiHead(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head, self.scale = config.n_head, config.n_embd**-0.5
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).to(x.dtype)  # under autocast, scores and softmax stay in float32
+        return qkv.unflatten(-1, (3, self.n_head, -1)).unbind(1)  # q, k, v: (B, n_head, d_head) each
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
+        return self.dropout(self.proj(scalar_attention(*self.heads(x), self.scale).flatten(1)))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, config: Config):
+        up, down = nn.Linear(config.n_embd, 4 * config.n_embd), nn.Linear(4 * config.n_embd, config.n_embd)
+        super().__init__(up, nn.GELU(), down, nn.Dropout(config.dropout))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln1, self.attn = nn.LayerNorm(config.n_embd), MultiHead(config)
+        self.ln2, self.ff = nn.LayerNorm(config.n_embd), FeedForward(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.ff(self.ln2(x))
+
+
+class Transformer(nn.Module):
+    img_size = 28 * 28
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.precision = config.precision
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, 10)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # what writes into the residual stream starts smaller, as in GPT-2
+                writes = name.endswith(("proj.weight", "ff.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if writes else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
+        x = images / 255 if images.dtype == torch.uint8 else images
+        bfloat16 = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            x = self.embed(self.dropout(x))
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.ln(x)).float()
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, Tensor]:
+    """Return the mean cross-entropy and the probabilities (N, 10), in eval mode, each of N images counted once."""
+    model.eval()
+    logits = torch.cat([model(part) for part in images.split(batch_size)])
+    model.train()
+    return F.cross_entropy(logits, labels).item(), logits.softmax(-1)
+
+
+def likeliest(probabilities: Tensor) -> str:
+    """Return the three likeliest digits of probabilities (10,) as text."""
+    values, digits = probabilities.topk(3)
+    return "   ".join(f"{d}: {100 * p:6.2f}%" for d, p in zip(digits.tolist(), values.tolist(), strict=True))
+
+
+def print_results(probabilities: Tensor, labels: Tensor, seed: int) -> None:
+    """Print ten random test digits, each with its three likeliest labels, and at last the accuracy."""
+    for i in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:10].tolist():
+        print(f"test digit {i:5d} is a {labels[i]}, the model says   {likeliest(probabilities[i])}")
+    correct = int((probabilities.argmax(-1) == labels).sum())
+    print(f"accuracy: {100 * correct / len(labels):.2f}% ({correct} of {len(labels)})")
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def set_up(config: Config) -> tuple[torch.device, int, int]:
+    """Return the device, this process's rank and the number of processes, joined if torchrun started several."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and world > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"device {name} can't be used: {str(error).splitlines()[0]}")
+    if config.batch_size % world:
+        fail(f"batch_size {config.batch_size} can't be split evenly over {world} processes")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, where precision is float32
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def build(config: Config, device: torch.device, state: dict) -> tuple[Transformer, torch.optim.AdamW]:
+    """Return model and optimizer, new ones or, if it isn't empty, those of the checkpoint `state`."""
+    torch.manual_seed(config.seed)
+    model = Transformer(config).to(device)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
+    if state:
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        try:
+            torch.compile(torch.sin)(torch.zeros(1, device=device))
+        except RuntimeError as error:
+            print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
+        else:  # block by block: they share their code, so the compiler works once, not n_layers times
+            for block in model.blocks:
+                block.compile()
+    return model, optimizer
+
+
+def learning_rate_at(step: int, config: Config) -> float:
+    """Return the learning rate of a step, the first is 0: linear warmup, then cosine decay to 0."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class StopSignal:
+    """Remembers the first Ctrl-C or SIGTERM, so that training stops between two steps; the second ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self.number = number
+
+
+def agree(loss: Tensor, stop: StopSignal, world: int) -> tuple[Tensor, int]:
+    """Return the loss averaged over all processes and the signal, or 0, that any of them got."""
+    if world == 1:
+        return loss, stop.number
+    number = torch.tensor(stop.number)  # on the CPU, so that reading it doesn't wait for the GPU
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    dist.all_reduce(loss)
+    return loss / world, int(number)
+
+
+def resume_command(config: Config, world: int) -> str:
+    """Return the command that goes on with this run."""
+    start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+    place = "" if config.out_dir == Config.out_dir else f" --out_dir {shlex.quote(config.out_dir)}"
+    return f"{start} {shlex.quote(sys.argv[0])} --resume{place}"
+
+
+def train(config: Config, state: dict) -> None:
+    """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
+    device, rank, world = set_up(config)
+    stop, out = StopSignal(), Path(config.out_dir)
+    train_images, train_labels, *test_set = load_mnist(config)
+    test_images, test_labels = (x.to(device) for x in test_set)
+    model, optimizer = build(config, device, state)
+    if rank == 0:
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"device: {device} ({kind})" + f", {world} processes" * (world > 1))
+        print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
+    loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
+    batches = training_batches(train_images, train_labels, config, start, device, rank, world)
+    bar = tqdm(total=config.max_iters, initial=start, disable=None if rank == 0 else True)
+    clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
+    for step in range(start + 1, config.max_iters + 1):
+        images, labels = next(batches)
+        torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        loss = F.cross_entropy(parallel(images), labels, label_smoothing=config.label_smoothing)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, stopped = agree(loss.detach(), stop, world)
+        loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
+        bar.update()
+        evaluating = step % config.eval_interval == 0 or step == config.max_iters
+        logging = step % LOG_INTERVAL == 0 or evaluating or stopped
+        if logging:  # reading the loss waits for the GPU: not every step
+            if not loss_sum.isfinite():
+                fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
+            speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
+        if evaluating and rank == 0:
+            test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
+            accuracy = (probabilities.argmax(-1) == test_labels).double().mean().item()
+            train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
+            row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
+            log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
+            bar.write(LOG_LINE.format(**log[-1]))
+        if evaluating:
+            loss_sum.zero_()
+        if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
+            run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
+            progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
+            save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
+            saved = time.perf_counter()
+            if evaluating:
+                save(run, out / "model.pt")
+                write_report(model, log, test_images, test_labels, probabilities, out)
+                clock, clock_step = time.perf_counter(), step
+        if stopped and step < config.max_iters:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {step}; to go on: {resume_command(config, world)}")
+            sys.exit(128 + stopped)
+    bar.close()
+    if rank == 0:
+        print_results(probabilities.cpu(), test_labels.cpu(), config.seed)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- reporting
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, then rename it: neither a reader nor a crash ever meets half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"can't write {path} ({error.strerror}); what stood there before is unharmed")
+
+
+def save(state: dict, path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def claim_folder(config: Config, mode: argparse.Namespace) -> None:
+    """Make out_dir and see that it can be written and that no other run is in it, unless that is wanted."""
+    out = Path(config.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if mode.overwrite:
+            for name in ("log.csv", "checkpoint.pt", "model.pt", "report.png"):
+                (out / name).unlink(missing_ok=True)
+        open(out / "log.csv", "a" if mode.resume else "x").close()
+    except OSError as error:
+        if isinstance(error, FileExistsError) and out.is_dir():
+            fail(f"{out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out_dir")
+        fail(f"can't write into {out}: {error.strerror}")
+
+
+def load(folder: str, name: str) -> dict:
+    """Return a state that a run wrote into a folder."""
+    path = Path(folder, name)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is not there: train first, or name the folder with --out_dir")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"{path} is no checkpoint or is damaged: {str(error).splitlines()[0]}")
+    if not isinstance(state, dict) or state.get("script") != SCRIPT:
+        fail(f"{path} is not from {SCRIPT}.py")
+    return state
+
+
+def write_report(model: Transformer, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, out: Path):
+    """Write log.csv and report.png: learning curves, confusion matrix, worst mistakes, a look at attention."""
+    with replacing(out / "log.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(log)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no report.png: matplotlib is not installed")
+    figure = Figure((12, 13), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4, 3, 5))
+    losses, accuracy, confusion = top.subplots(1, 3)
+
+    curve = {name: [row[name] for row in log] for name in LOG_COLUMNS}
+    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training (with dropout)")
+    losses.semilogy(curve["iter"], curve["test_loss"], "C0-o", label="test")
+    losses.set(xlabel="step", title="cross-entropy")
+    losses.legend()
+    accuracy.plot(curve["iter"], [100 * x for x in curve["test_accuracy"]], "C1-o")
+    accuracy.set(xlabel="step", title=f"test accuracy: {curve['test_accuracy'][-1]:.2%}")
+    accuracy.set_ylabel("accuracy, %", color="C1")
+    rate = accuracy.twinx()
+    rate.plot(curve["iter"], curve["learning_rate"], "C2:")
+    rate.set_ylabel("learning rate", color="C2")
+
+    predicted = probabilities.argmax(-1)
+    counts = torch.zeros(10, 10, dtype=torch.long).index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), True)
+    confusion.imshow(counts.float().log1p(), cmap="Blues")
+    for i, j in itertools.product(range(10), range(10)):
+        if counts[i, j]:
+            confusion.text(
+                j, i, counts[i, j].item(), ha="center", va="center", fontsize=8, color="w" if i == j else "k"
+            )
+    confusion.set(xlabel="predicted", ylabel="true", xticks=range(10), yticks=range(10), title="test digits, counted")
+
+    middle.suptitle("most confident mistakes: true → predicted")
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[probabilities[wrong].amax(-1).argsort(descending=True)]
+    for axes, i in itertools.zip_longest(middle.subplots(2, 10).flat, wrong[:20].tolist()):
+        axes.axis("off")
+        if i is not None:
+            axes.imshow(images[i].cpu().view(28, 28), cmap="gray")
+            axes.set_title(f"{labels[i]} → {predicted[i]}\n{probabilities[i].max():.1%}", fontsize=9)
+
+    bottom.suptitle("attention of one digit: each row is one feature (query), bright where it looks (keys)")
+    axes = bottom.subplots(2, 4)
+    axes[0, 0].imshow(images[0].cpu().view(28, 28), cmap="gray")
+    axes[0, 0].set_title("the digit")
+    for row, (place, block) in zip(axes, [("first", 0), ("last", -1)], strict=True):
+        attention = attention_matrix(model, images[:1], block)
+        for head, ax in enumerate(row[1:]):
+            if head < len(attention):
+                ax.imshow(attention[head], cmap="viridis")
+                ax.set(title=f"{place} block, head {head + 1}", xlabel="key: feature j", ylabel="query: feature i")
+            else:
+                ax.axis("off")
+    axes[1, 0].axis("off")
+    with replacing(out / "report.png") as path:
+        figure.savefig(path, format="png", dpi=70)
+
+
+def attention_matrix(model: Transformer, images: Tensor, block: int) -> Tensor:
+    """Return the first image's attention weights, (n_head, d_head, d_head), in one block."""
+    attn, seen = model.blocks[block].attn, []
+    hook = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.compiler.set_stance("force_eager"):
+        evaluate(model, images, torch.zeros(len(images), dtype=torch.long, device=images.device), 1)
+    hook.remove()
+    with torch.no_grad():
+        q, k, _ = attn.heads(seen[0])
+        return (attn.scale * q[0, :, :, None] * k[0, :, None, :]).softmax(-1).cpu()
+
+
+def read_digit(path: str) -> Tensor:
+    """Return the digit of an image file in MNIST's form, (784,) uint8: light on dark, scaled into 20 x 20 pixels, and
+    its centre of mass in the middle of 28 x 28 (LeCun et al. 1998). Raise OSError or ValueError if there is none."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    image.thumbnail((800, 800))
+    image = image.convert("RGBA")
+    pixels = np.asarray(image, dtype=np.float32)
+    alpha, gray = pixels[..., 3] / 255, pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
+    paper = 0 if (gray * alpha).sum() > 127 * alpha.sum() else 255  # what is transparent contrasts with what is drawn
+    gray = gray * alpha + paper * (1 - alpha) if alpha.min() < 1 else gray
+    margins = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    ink = gray - np.median(margins)
+    ink = np.maximum(ink if ink.sum() > 0 else -ink, 0)  # dark on light is inverted
+    ink[ink < 0.25 * ink.max()] = 0  # paper and noise
+    rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
+    if not len(rows):
+        raise ValueError("there is nothing in it")
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
+    ink = np.asarray(Image.fromarray(ink).resize(size[::-1], Image.Resampling.BILINEAR))
+    centre = [(ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(size)]
+    top, left = (min(max(round(13.5 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
+    digit = np.zeros((28, 28), np.uint8)
+    digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()
+    return torch.from_numpy(digit).flatten()
+
+
+def classify(model: Transformer, paths: list[str], device: torch.device) -> int:
+    """Print the three likeliest digits of each image file; return the exit status, 1 if a file was no image."""
+    status = 0
+    for path in paths:
+        try:
+            digit = read_digit(path)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            print(f"{SCRIPT}.py: error: {path}: {error}", file=sys.stderr)
+            status = 1
+            continue
+        with torch.no_grad():
+            print(f"{path}   {likeliest(model.eval()(digit[None].to(device)).softmax(-1)[0])}")
+    return status
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """Return the mode (resume, overwrite, eval, classify) and those Config fields that the command line sets."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", action="store_true", help="go on from out_dir's checkpoint.pt, with its settings")
+    modes.add_argument("--overwrite", action="store_true", help="start anew even where out_dir holds a run")
+    modes.add_argument("--eval", action="store_true", help="evaluate out_dir's model.pt on the full test set")
+    modes.add_argument(
+        "--classify",
+        nargs="+",
+        metavar="IMAGE",
+        help="print the three likeliest digits of each image, of any size and colour; dark on light is inverted",
+    )
+    for f in fields(Config):
+        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.type.__name__)
+    given = vars(parser.parse_args(argv))
+    mode = argparse.Namespace(**{name: given.pop(name) for name in ("resume", "overwrite", "eval", "classify")})
+    try:
+        Config(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    return mode, given
+
+
+def saved_config(state: dict, given: dict) -> Config:
+    """Return a saved run's Config, with those given fields that don't change what it is."""
+    config = Config(**state["config"] | {"out_dir": Config.out_dir})
+    for name, value in given.items():
+        if name not in CHANGEABLE and value != getattr(config, name):
+            fail(f"the saved run has {name} {getattr(config, name)}, not {value}: leave out --{name} or start anew")
+    return replace(config, **given)
+
+
+def use_model(mode: argparse.Namespace, given: dict) -> int:
+    """Evaluate or classify with a trained model.pt; return the exit status."""
+    state = load(given.get("out_dir", Config.out_dir), "model.pt")
+    config = replace(saved_config(state, given), subset=0, holdout=0)
+    device, *_ = set_up(config)
+    model = Transformer(config).to(device)
+    model.load_state_dict(state["model"])
+    if mode.classify:
+        return classify(model, mode.classify, device)
+    *_, images, labels = load_mnist(config)
+    loss, probabilities = evaluate(model, images.to(device), labels.to(device), config.batch_size)
+    print(f"test loss: {loss:.4f}")
+    right = probabilities.argmax(-1).cpu() == labels
+    for digit in range(10):
+        print(f"accuracy of {digit}: {right[labels == digit].double().mean():.2%}")
+    print_results(probabilities.cpu(), labels, config.seed)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    mode, given = parse(argv)
+    try:
+        if mode.eval or mode.classify:
+            return use_model(mode, given)
+        state, config = {}, Config(**given)
+        if mode.resume:
+            state = load(config.out_dir, "checkpoint.pt")
+            config = saved_config(state, given)
+            if state["iter"] >= config.max_iters:
+                fail(f"this run is finished ({state['iter']} steps): see --eval, or train longer with --max_iters")
+        claim_folder(config, mode)
+        train(config, state)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        fail("out of memory: lower batch_size")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
