@@ -71,7 +71,7 @@ class Config:
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
     elastic: float = 1.0  # augmentation: standard deviation of the bending, in pixels
-    num_workers: int = 4  # processes that make augmented batches; 0 makes them in the training process
+    num_workers: int = 2  # processes that make augmented batches; 0 makes them in the training process
     input_dropout: float = 0.0  # share of pixels hidden from the network, in training
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
@@ -644,9 +644,11 @@ def read_digit(path: str) -> Tensor:
     alpha, gray = pixels[..., 3] / 255, pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
     paper = 0 if (gray * alpha).sum() > 127 * alpha.sum() else 255  # what is transparent contrasts with what is drawn
     gray = gray * alpha + paper * (1 - alpha) if alpha.min() < 1 else gray
-    margins = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
-    ink = gray - np.median(margins)
-    ink = np.maximum(ink if ink.sum() > 0 else -ink, 0)  # dark on light is inverted
+    y, x = np.mgrid[-1 : 1 : len(gray) * 1j, -1 : 1 : gray.shape[1] * 1j].astype(np.float32)
+    plane, margin = np.stack([np.ones_like(x), x, y], -1), np.maximum(abs(x), abs(y)) == 1
+    light, *_ = np.linalg.lstsq(plane[margin], gray[margin])  # uneven light, as the image's edge tells it
+    ink = gray - plane @ light
+    ink = np.maximum(ink if (ink**3).sum() > 0 else -ink, 0)  # dark on light is inverted
     ink[ink < 0.25 * ink.max()] = 0  # paper and noise
     rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
     if not len(rows):
@@ -655,7 +657,7 @@ def read_digit(path: str) -> Tensor:
     size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
     ink = np.asarray(Image.fromarray(ink).resize(size[::-1], Image.Resampling.BILINEAR))
     centre = [(ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(size)]
-    top, left = (min(max(round(13.5 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
+    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
     digit = np.zeros((28, 28), np.uint8)
     digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()
     return torch.from_numpy(digit).flatten()

@@ -1,0 +1,176 @@
+"""Runs that survive: resuming, signals, several processes."""
+
+import csv
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPTS, SHORT, TINY
+
+
+def weights(folder, name="checkpoint.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def assert_same(a, b, exact=True):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **({"rtol": 0, "atol": 0} if exact else {}), msg=name)
+
+
+def rows(folder, drop=("images_per_second", "seconds")):
+    return [
+        {k: v for k, v in row.items() if k not in drop}
+        for row in csv.DictReader((folder / "log.csv").read_text().splitlines())
+    ]
+
+
+def wait_for(condition, process, seconds=120):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+LONG = [*SHORT, "--max_iters", "240", "--eval_interval", "60"]
+
+
+def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, run, start, tmp_path):
+    run(script, *TINY[script], *LONG, "--out_dir", "whole")
+    killed = start(script, *TINY[script], *LONG, "--out_dir", "killed")
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    wait_for(checkpoint.exists, killed)
+    time.sleep(0.3)  # somewhere between two checkpoints
+    killed.kill()
+    killed.wait()
+    assert torch.load(checkpoint, weights_only=True)["iter"] in (60, 120, 180)
+    run(script, "--resume", "--out_dir", "killed")
+    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(script, number, status, run, start, tmp_path):
+    run(script, *TINY[script], *LONG, "--out_dir", "whole")
+    process = start(script, *TINY[script], *LONG, "--out_dir", "stopped", start_new_session=True)
+    wait_for((tmp_path / "stopped" / "log.csv").exists, process)
+    wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
+    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "--resume --out_dir stopped" in out.splitlines()[-1]
+    assert err == ""
+    run(script, "--resume", "--out_dir", "stopped")
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
+def test_two_processes_compute_what_one_does(script, run, tmp_path):
+    flags = [*TINY[script], *SHORT, "--dropout", "0", "--input_dropout", "0", "--seed", "3"]
+    if script == "mini_vit_augment":  # each process augments its share by itself
+        flags += "--rotation 0 --scaling 0 --shear 0 --translation 0 --elastic 0".split()
+    run(script, *flags, "--out_dir", "one")
+    result = run(script, *flags, "--out_dir", "two", processes=2)
+    assert result.stdout.count("parameters:") == 1
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
+
+
+def test_resume_with_another_number_of_processes(run, start, tmp_path):
+    flags = [*TINY["mini_vit"], *LONG, "--dropout", "0", "--input_dropout", "0"]
+    run("mini_vit", *flags, "--out_dir", "whole")
+    process = start("mini_vit", *flags, "--out_dir", "stopped")
+    wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    run("mini_vit", "--resume", "--out_dir", "stopped", processes=2)
+    for name, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "stopped")[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_process_that_dies_ends_the_run(start, tmp_path):
+    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "100000", "--eval_interval", "20"]
+    process = start("mini_vit", *flags, processes=2)
+    wait_for((tmp_path / "runs" / "mini_vit" / "checkpoint.pt").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def test_ctrl_c_stops_two_processes_too(start, run, tmp_path):
+    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "100000", "--eval_interval", "20"]
+    process = start("mini_vit", *flags, processes=2, start_new_session=True)
+    checkpoint = tmp_path / "runs" / "mini_vit" / "checkpoint.pt"
+    wait_for(checkpoint.exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "--nproc_per_node=2" in out and "--resume" in out
+    step = torch.load(checkpoint, weights_only=True)["iter"]
+    run("mini_vit", "--resume", "--max_iters", str(step + 20), processes=2)
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(script, run, tmp_path):
+    for out, seed in [("a", "1"), ("b", "1"), ("c", "2")]:
+        run(script, *TINY[script], *SHORT, "--seed", seed, "--out_dir", out)
+    assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "b", "model.pt"))
+    with pytest.raises(AssertionError):
+        assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "c", "model.pt"))
+
+
+def test_a_second_run_does_not_overwrite_the_first(run, tmp_path):
+    flags = [*TINY["mini_vit"], *SHORT]
+    run("mini_vit", *flags)
+    before = weights(tmp_path / "runs" / "mini_vit")
+    refused = run("mini_vit", *flags, "--seed", "2", status=1)
+    for way_out in ("--resume", "--overwrite", "--out_dir"):
+        assert way_out in refused.stderr
+    assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
+    finished = run("mini_vit", "--resume", status=1)
+    assert "finished" in finished.stderr
+    run("mini_vit", "--resume", "--max_iters", "32")  # longer
+    assert [row["iter"] for row in rows(tmp_path / "runs" / "mini_vit")] == ["8", "16", "24", "32"]
+    run("mini_vit", *flags, "--seed", "2", "--overwrite")
+    assert len(rows(tmp_path / "runs" / "mini_vit")) == 3
+
+
+def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
+    import shutil
+
+    from conftest import ROOT
+
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for archive in (ROOT / "data" / "MNIST" / "raw").glob("*.gz"):
+        shutil.copy(archive, raw)
+    runs = [start(s, *TINY[s], *SHORT, "--data_dir", "data", env={"OMP_NUM_THREADS": "1"}) for s in SCRIPTS]
+    for process in runs:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+
+
+def test_long_intervals_are_saved_in_between(monkeypatch, tmp_path):
+    """With no evaluation in sight, a checkpoint is still written."""
+    from conftest import ROOT
+
+    import mini_vit
+
+    monkeypatch.setattr(mini_vit, "SAVE_SECONDS", 0)
+    steps = []
+    original = mini_vit.save
+    monkeypatch.setattr(mini_vit, "save", lambda state, path: (steps.append(state["iter"]), original(state, path)))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "25", "--eval_interval", "1000"]
+    assert mini_vit.main([*flags, "--data_dir", str(ROOT / "data"), "--out_dir", str(tmp_path / "out")]) == 0
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    assert [step for step, _ in itertools.groupby(steps)] == [10, 20, 25]
