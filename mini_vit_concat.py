@@ -62,8 +62,8 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     label_smoothing: float = 0.0  # share of the target spread evenly over the 10 classes, in training
-    dropout: float = 0.1  # after attention and after feed-forward, in every block
-    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
+    dropout: float = 0.0  # after attention and after feed-forward, in every block
+    input_dropout: float = 0.2  # share of pixels hidden from the network, in training
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
@@ -81,10 +81,10 @@ class Config:
         """Raise ValueError, one line, for a value out of range."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is not str and not f.type(f.name in AT_LEAST_ONE) <= value < (
-                1 if f.name in BELOW_ONE else math.inf
-            ):
+            if f.type is not str and not (0 <= value < math.inf and (value or f.name not in POSITIVE)):
                 raise ValueError(f"{f.name} can't be {value}")
+            if f.name in BELOW_ONE and value >= 1:
+                raise ValueError(f"{f.name} must be below 1, not {value}")
             if f.name in CHOICES and value not in CHOICES[f.name]:
                 raise ValueError(f"{f.name} must be {' or '.join(CHOICES[f.name])}, not {value}")
         if self.n_head * self.d_head != self.n_embd:
@@ -93,8 +93,8 @@ class Config:
             raise ValueError(f"n_embd must be more than the image's 784, not {self.n_embd}")
 
 
-AT_LEAST_ONE = "batch_size", "max_iters", "eval_interval", "n_head", "d_head", "n_embd", "n_layers"
-BELOW_ONE = "beta2", "label_smoothing", "dropout", "input_dropout"
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
+BELOW_ONE = "beta2 label_smoothing dropout input_dropout".split()
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -121,7 +121,7 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 shutil.copy(archive, copy)
             train, test = (datasets.MNIST(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError, EOFError) as error:
-        fail(f"the MNIST archives in {raw} are missing or damaged, and downloading failed ({error}); restore them")
+        fail(f"can't load MNIST from {raw} ({str(error).splitlines()[0]} ...); restore the four archives")
     sets = [(s.data.flatten(1)[: config.subset or None], s.targets[: config.subset or None]) for s in (train, test)]
     if config.holdout:
         if config.holdout >= len(sets[0][0]):
@@ -493,7 +493,7 @@ def load(folder: str, name: str) -> dict:
     except FileNotFoundError:
         fail(f"{path} is not there: train first, or name the folder with --out_dir")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path} is no checkpoint or is damaged: {str(error).splitlines()[0]}")
+        fail(f"{path} can't be read: it is damaged or no checkpoint ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         fail(f"{path} is not from {SCRIPT}.py")
     return state
