@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -57,8 +57,8 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 1640  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 234  # optimizer steps from one evaluation, log line and checkpoint to the next
+    max_iters: int = 1300  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 260  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
@@ -189,8 +189,9 @@ class AugmentedBatches(Dataset):
         return augment(self.images[share], self.config, generator), self.labels[share]
 
 
-def ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when to stop
+def ignore_signals(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the training process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
@@ -201,7 +202,7 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
         batch_size=None,  # the dataset makes whole batches
         sampler=zip(itertools.count(start), shares),
         num_workers=config.num_workers,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
         prefetch_factor=4 if config.num_workers else None,
         pin_memory=device.type == "cuda",
     )
@@ -459,52 +460,53 @@ def train(config: Config, state: dict) -> None:
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
-    bar = tqdm(total=config.max_iters, initial=start, disable=None if rank == 0 else True)
+    bar = tqdm(total=config.max_iters, initial=start, disable=None if rank == 0 else True)  # a terminal only
     clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
-    for step in range(start + 1, config.max_iters + 1):
-        images, labels = next(batches)
-        torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        loss = F.cross_entropy(parallel(images), labels, label_smoothing=config.label_smoothing)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss, stopped = agree(loss.detach(), stop, world)
-        loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
-        bar.update()
-        evaluating = step % config.eval_interval == 0 or step == config.max_iters
-        logging = step % LOG_INTERVAL == 0 or evaluating or stopped
-        if logging:  # reading the loss waits for the GPU: not every step
-            if not loss_sum.isfinite():
-                fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
-            speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
-        if evaluating and rank == 0:
-            test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
-            accuracy = (probabilities.argmax(-1) == test_labels).double().mean().item()
-            train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
-            row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
-            log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
-            bar.write(LOG_LINE.format(**log[-1]))
-        if evaluating:
-            loss_sum.zero_()
-        if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
-            run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
-            progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
-            save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
-            saved = time.perf_counter()
+    with closing(batches), bar:
+        for step in range(start + 1, config.max_iters + 1):
+            images, labels = next(batches)
+            torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            loss = F.cross_entropy(parallel(images), labels, label_smoothing=config.label_smoothing)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss, stopped = agree(loss.detach(), stop, world)
+            loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
+            bar.update()
+            evaluating = step % config.eval_interval == 0 or step == config.max_iters
+            logging = step % LOG_INTERVAL == 0 or evaluating or stopped
+            if logging:  # reading the loss waits for the GPU: not every step
+                if not loss_sum.isfinite():
+                    fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
+                speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
+                bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
+            if evaluating and rank == 0:
+                test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
+                accuracy = (probabilities.argmax(-1) == test_labels).double().mean().item()
+                train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
+                row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
+                log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
+                bar.write(LOG_LINE.format(**log[-1]))
             if evaluating:
-                save(run, out / "model.pt")
-                write_report(model, log, test_images, test_labels, probabilities, out)
-                clock, clock_step = time.perf_counter(), step
-        if stopped and step < config.max_iters:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {step}; to go on: {resume_command(config, world)}")
-            sys.exit(128 + stopped)
-    bar.close()
+                loss_sum.zero_()
+            if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
+                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
+                progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
+                save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
+                saved = time.perf_counter()
+                if evaluating:
+                    save(run, out / "model.pt")
+                    write_report(model, log, test_images, test_labels, probabilities, out)
+                    clock, clock_step = time.perf_counter(), step
+            if stopped and step < config.max_iters:
+                break
+    if stopped and step < config.max_iters:
+        if rank == 0:
+            print(f"stopped after step {step}; to go on: {resume_command(config, world)}")
+        sys.exit(128 + stopped)
     if rank == 0:
         print_results(probabilities.cpu(), test_labels.cpu(), config.seed)
     if world > 1:
@@ -528,7 +530,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save(state: dict, path: Path) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch covers a full disk's OSError with an error of its own
+            raise error.__context__ or error from None
 
 
 def claim_folder(config: Config, mode: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A model and a run of seconds; the concat model can't be narrower than the image.
 TINY = {name: "--n_layers 2 --n_head 4 --d_head 14 --n_embd 56".split() for name in SCRIPTS}
-TINY["mini_vit_concat"] = "--n_layers 2 --n_head 8 --d_head 100 --n_embd 800".split()
+TINY["mini_vit_concat"] = "--n_layers 1 --n_head 40 --d_head 20 --n_embd 800".split()
 SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4 --device cpu".split()
 
 

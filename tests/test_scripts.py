@@ -19,7 +19,7 @@ MAY_DIFFER = {
 }
 ADDED = {
     "mini_vit_concat": set(),
-    "mini_vit_augment": {"ELASTIC_BASIS", "augment", "AugmentedBatches", "ignore_interrupts"},
+    "mini_vit_augment": {"ELASTIC_BASIS", "augment", "AugmentedBatches", "ignore_signals"},
 }
 
 
