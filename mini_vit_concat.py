@@ -61,7 +61,6 @@ class Config:
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
-    label_smoothing: float = 0.0  # share of the target spread evenly over the 10 classes, in training
     dropout: float = 0.0  # after attention and after feed-forward, in every block
     input_dropout: float = 0.2  # share of pixels hidden from the network, in training
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
@@ -94,7 +93,7 @@ class Config:
 
 
 POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
-BELOW_ONE = "beta2 label_smoothing dropout input_dropout".split()
+BELOW_ONE = "beta2 dropout input_dropout".split()
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -168,8 +167,9 @@ def row_sums(weights: Tensor, columns: list[Tensor]) -> list[Tensor]:
 class RankOneAttention(torch.autograd.Function):
     """softmax_j(t_i k_j) v_j with O(d_head) memory per row: scores of width-1 tokens are an outer product.
 
-    The backward pass computes exp again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135), from
-    dt = do · (P(vk) - o · Pk), dv = Eᵀg, dk = v · Eᵀ(gt) - ... with P = E / n row by row and g = do / n.
+    With E_ij = exp(t_i k_j - max), n = Σ_j E_ij, P = E / n and o = Pv, the gradients are, with g = do / n,
+    dt = do · (P(v·k) - o · Pk), dv = Eᵀg and dk = v · Eᵀ(g·t) - Eᵀ(g·o·t). The backward pass computes E again,
+    the idea of FlashAttention (Dao et al. 2022, arXiv:2205.14135).
     """
 
     @staticmethod
@@ -346,7 +346,7 @@ def build(config: Config, device: torch.device, state: dict) -> tuple[Transforme
 
 
 def learning_rate_at(step: int, config: Config) -> float:
-    """Return the learning rate of a step, the first is 0: linear warmup, then cosine decay to 0."""
+    """Return the learning rate of a step: linear warmup, then cosine decay to 0 at the last step, max_iters."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
@@ -406,7 +406,7 @@ def train(config: Config, state: dict) -> None:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            loss = F.cross_entropy(parallel(images), labels, label_smoothing=config.label_smoothing)
+            loss = F.cross_entropy(parallel(images), labels)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
@@ -437,7 +437,8 @@ def train(config: Config, state: dict) -> None:
                 saved = time.perf_counter()
                 if evaluating:
                     save(run, out / "model.pt")
-                    write_report(model, log, test_images, test_labels, probabilities, out)
+                    write_log(log, out / "log.csv")
+                    draw_report(model, log, test_images, test_labels, probabilities, out / "report.png")
                     clock, clock_step = time.perf_counter(), step
             if stopped and step < config.max_iters:
                 break
@@ -503,16 +504,19 @@ def load(folder: str, name: str) -> dict:
     return state
 
 
-def write_report(model: Transformer, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, out: Path):
-    """Write log.csv and report.png: learning curves, confusion matrix, worst mistakes, a look at attention."""
-    with replacing(out / "log.csv") as path, open(path, "w", newline="") as file:
+def write_log(log: list[dict], path: Path) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, LOG_COLUMNS)
         writer.writeheader()
         writer.writerows(log)
+
+
+def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, path: Path):
+    """Draw learning curves, confusion matrix, the most confident mistakes, and attention, into one picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no report.png: matplotlib is not installed")
+        return print(f"no {path.name}: matplotlib is not installed")
     figure = Figure((12, 13), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4, 3, 5))
     losses, accuracy, confusion = top.subplots(1, 3)
@@ -534,9 +538,8 @@ def write_report(model: Transformer, log: list[dict], images: Tensor, labels: Te
     confusion.imshow(counts.float().log1p(), cmap="Blues")
     for i, j in itertools.product(range(10), range(10)):
         if counts[i, j]:
-            confusion.text(
-                j, i, counts[i, j].item(), ha="center", va="center", fontsize=8, color="w" if i == j else "k"
-            )
+            color = "w" if i == j else "k"
+            confusion.text(j, i, counts[i, j].item(), ha="center", va="center", fontsize=8, color=color)
     confusion.set(xlabel="predicted", ylabel="true", xticks=range(10), yticks=range(10), title="test digits, counted")
 
     middle.suptitle("most confident mistakes: true → predicted")
@@ -561,8 +564,8 @@ def write_report(model: Transformer, log: list[dict], images: Tensor, labels: Te
             else:
                 ax.axis("off")
     axes[1, 0].axis("off")
-    with replacing(out / "report.png") as path:
-        figure.savefig(path, format="png", dpi=70)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=70)
 
 
 def attention_matrix(model: Transformer, images: Tensor, block: int) -> Tensor:
@@ -632,12 +635,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     modes.add_argument("--resume", action="store_true", help="go on from out_dir's checkpoint.pt, with its settings")
     modes.add_argument("--overwrite", action="store_true", help="start anew even where out_dir holds a run")
     modes.add_argument("--eval", action="store_true", help="evaluate out_dir's model.pt on the full test set")
-    modes.add_argument(
-        "--classify",
-        nargs="+",
-        metavar="IMAGE",
-        help="print the three likeliest digits of each image, of any size and colour; dark on light is inverted",
-    )
+    text = "print the three likeliest digits of each image, of any size and colour; dark on light is inverted"
+    modes.add_argument("--classify", nargs="+", metavar="IMAGE", help=text)
     for f in fields(Config):
         text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.type.__name__)
@@ -690,7 +689,8 @@ def main(argv: list[str] | None = None) -> int:
             config = saved_config(state, given)
             if state["iter"] >= config.max_iters:
                 fail(f"this run is finished ({state['iter']} steps): see --eval, or train longer with --max_iters")
-        claim_folder(config, mode)
+        if os.environ.get("RANK", "0") == "0":
+            claim_folder(config, mode)
         train(config, state)
         return 0
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,34 @@ def module(script):
     return importlib.import_module(script)
 
 
+@pytest.fixture
+def main(tmp_path, monkeypatch, capfd):
+    """Run a script's main() in this process, in tmp_path, without the picture: main(script, *flags, status=0)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def main(script, *flags, status=0):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(module, "draw_report", lambda *args: None)
+        if "--data_dir" not in flags:
+            flags += ("--data_dir", str(ROOT / "data"))
+        capfd.readouterr()
+        try:
+            returned, last_words = module.main(list(flags)), ""
+        except SystemExit as stop:  # as the interpreter treats it: a text goes to stderr, with status 1
+            is_text = isinstance(stop.code, str)
+            returned, last_words = (1, stop.code + "\n") if is_text else (stop.code, "")
+        out, err = capfd.readouterr()
+        assert returned == status, f"exit status {returned}\n{out}\n{err}\n{last_words}"
+        return subprocess.CompletedProcess(flags, returned, out, err + last_words)
+
+    yield main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
-def no_report(tmp_path_factory) -> Path:
+def no_matplotlib(tmp_path_factory) -> Path:
     """A folder that, on PYTHONPATH, hides matplotlib: runs are faster without the picture."""
     folder = tmp_path_factory.mktemp("no_matplotlib")
     (folder / "matplotlib.py").write_text("raise ImportError('hidden by the tests')\n")
@@ -37,19 +64,18 @@ def no_report(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path, no_report):
-    """Start a script in the background: start(script, *flags, processes=1, report=False, **of Popen)."""
+def start(tmp_path, no_matplotlib):
+    """Start a script as a user does: start(script, *flags, processes=1, report=False, **options of Popen)."""
     started = []
 
-    def start(script, *flags, processes=1, report=False, python=(), **options):
+    def start(script, *flags, processes=1, report=False, env=(), **options):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *python, *(launch if processes > 1 else []), str(ROOT / f"{script}.py"), *flags]
-        path = {} if report else {"PYTHONPATH": str(no_report)}
-        environment = os.environ | path | options.pop("env", {})
-        if "--data_dir" not in flags and "--help" not in flags and "data" not in options:
+        command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / f"{script}.py"), *flags]
+        if "--data_dir" not in flags:
             command += ["--data_dir", str(ROOT / "data")]
+        environment = os.environ | ({} if report else {"PYTHONPATH": str(no_matplotlib)}) | dict(env)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **(pipes | options)))
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, **options))
         return started[-1]
 
     yield start
@@ -60,7 +86,7 @@ def start(tmp_path, no_report):
 
 @pytest.fixture
 def run(start):
-    """Run a script to its end and return the finished process, with status, stdout and stderr."""
+    """Run a script as a user does, to its end: run(script, *flags, status=0, **options of start)."""
 
     def run(*args, status=0, **options):
         process = start(*args, **options)

@@ -2,11 +2,13 @@
 
 import resource
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, SHORT, TINY
+from PIL import Image, ImageDraw
 
 RUN = [*TINY["mini_vit"], *SHORT]
 
@@ -37,29 +39,19 @@ def one_line(result, *words):
         (["--resume", "--overwrite"], "--overwrite"),
     ],
 )
-def test_bad_flags(flags, word, capsys, tmp_path, monkeypatch):
+def test_bad_flags(flags, word, main, monkeypatch):
     import mini_vit
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mini_vit, "train", None)
-
-    with pytest.raises(SystemExit) as stop:
-        mini_vit.main(flags)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = main("mini_vit", *flags, status=2).stderr.splitlines()
     assert "error:" in lines[-1] and word in lines[-1]
 
 
-def test_bad_flags_of_the_other_scripts(capsys, tmp_path, monkeypatch):
-    import mini_vit_augment
-    import mini_vit_concat
-
-    monkeypatch.chdir(tmp_path)
-
-    for script, flags in [(mini_vit_concat, "--n_embd 784 --d_head 49"), (mini_vit_augment, "--num_workers -1")]:
-        with pytest.raises(SystemExit) as stop:
-            script.main(flags.split())
-        assert stop.value.code == 2
+@pytest.mark.parametrize(
+    "script, flags", [("mini_vit_concat", "--n_embd 784 --d_head 49"), ("mini_vit_augment", "--num_workers -1")]
+)
+def test_bad_flags_of_the_other_scripts(script, flags, main):
+    assert "error:" in main(script, *flags.split(), status=2).stderr.splitlines()[-1]
 
 
 def test_help_lists_every_field_with_comment_and_default(module, capsys):
@@ -75,8 +67,8 @@ def test_help_lists_every_field_with_comment_and_default(module, capsys):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "mps:7", "gpu"])
-def test_a_device_that_is_not_there(device, run):
-    one_line(run("mini_vit", *RUN, "--device", device, status=1), device)
+def test_a_device_that_is_not_there(device, main):
+    one_line(main("mini_vit", *RUN, "--device", device, status=1), device)
 
 
 @pytest.fixture
@@ -86,7 +78,7 @@ def damaged(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "all missing"])
-def test_damaged_archives(damage, damaged, run):
+def test_damaged_archives(damage, damaged, main, monkeypatch):
     archive = damaged / "t10k-images-idx3-ubyte.gz"
     content = bytearray(archive.read_bytes())
     content[1000] ^= 1
@@ -98,20 +90,21 @@ def test_damaged_archives(damage, damaged, run):
         archive.write_bytes(content)
     if damage == "all missing":
         shutil.rmtree(damaged)
-    offline = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    one_line(run("mini_vit", *RUN, "--data_dir", "data", status=1, env=offline), "MNIST")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network
+    one_line(main("mini_vit", *RUN, "--data_dir", "data", status=1), "MNIST")
 
 
-def test_damaged_unpacked_files_do_no_harm(damaged, run):
+def test_damaged_unpacked_files_do_no_harm(damaged, main):
     for archive in damaged.glob("*.gz"):
         archive.with_suffix("").write_bytes(b"half a file")
-    run("mini_vit", *RUN, "--data_dir", "data")
+    main("mini_vit", *RUN, "--data_dir", "data")
 
 
 @pytest.mark.parametrize("place", ["a_file", "a_file/below", "/proc/nowhere"])
-def test_an_output_folder_that_cannot_be_written(place, run, tmp_path):
+def test_an_output_folder_that_cannot_be_written(place, main, tmp_path):
     (tmp_path / "a_file").write_text("mine")
-    one_line(run("mini_vit", *RUN, "--out_dir", place, status=1), place)
+    one_line(main("mini_vit", *RUN, "--out_dir", place, status=1), place)
     assert (tmp_path / "a_file").read_text() == "mine"
 
 
@@ -136,7 +129,7 @@ class Malice:
 
 @pytest.mark.parametrize("case", ["missing", "truncated", "empty", "other script", "malicious", "not a dictionary"])
 @pytest.mark.parametrize("mode, name", [("--resume", "checkpoint.pt"), ("--eval", "model.pt")])
-def test_a_checkpoint_that_is_none(case, mode, name, run, tmp_path):
+def test_a_checkpoint_that_is_none(case, mode, name, main, tmp_path):
     path = tmp_path / "runs" / "mini_vit" / name
     path.parent.mkdir(parents=True)
     if case == "truncated":
@@ -150,51 +143,46 @@ def test_a_checkpoint_that_is_none(case, mode, name, run, tmp_path):
         torch.save({"script": "mini_vit", "config": Malice()}, path)
     if case == "not a dictionary":
         torch.save([1, 2, 3], path)
-    one_line(run("mini_vit", mode, status=1), name)
+    one_line(main("mini_vit", mode, status=1), name)
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_checkpoint_of_another_architecture(run):
-    run("mini_vit", *RUN)
-    one_line(run("mini_vit", "--resume", "--n_layers", "3", status=1), "n_layers")
-    one_line(run("mini_vit", "--eval", "--n_layers", "3", status=1), "n_layers")
+def test_a_checkpoint_of_another_architecture(main):
+    main("mini_vit", *RUN)
+    one_line(main("mini_vit", "--resume", "--n_layers", "3", status=1), "n_layers")
+    one_line(main("mini_vit", "--eval", "--n_layers", "3", status=1), "n_layers")
 
 
-def test_no_image(run, tmp_path):
-    run("mini_vit", *RUN)
+def test_no_image(main, tmp_path):
+    main("mini_vit", *RUN)
     (tmp_path / "text.png").write_text("no image")
-    torch_image = tmp_path / "digit.png"
-    from PIL import Image, ImageDraw
-
     image = Image.new("L", (100, 100), 255)
     ImageDraw.Draw(image).line([(50, 20), (50, 80)], fill=0, width=9)
-    image.save(torch_image)
+    image.save(tmp_path / "digit.png")
     Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
-    result = run("mini_vit", "--classify", "text.png", "missing.jpg", "blank.png", "digit.png", status=1)
+    result = main("mini_vit", "--classify", "text.png", "missing.jpg", "blank.png", "digit.png", status=1)
     assert len(result.stderr.splitlines()) == 3
     assert "Traceback" not in result.stderr
     assert result.stdout.startswith("digit.png")
-    assert run("mini_vit", "--classify", "digit.png").stderr == ""
+    assert main("mini_vit", "--classify", "digit.png").stderr == ""
 
 
-def test_out_of_memory_names_batch_size(start, tmp_path):
+def test_out_of_memory_names_batch_size(tmp_path):
     program = (
         "import resource, mini_vit\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2 ** 30\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
         f"mini_vit.main({[*RUN, '--batch_size', '200000', '--data_dir', str(ROOT / 'data')]!r})"
     )
-    import subprocess
-
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 1
     one_line(result, "batch_size")
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(main, tmp_path, monkeypatch):
     flags = [*TINY["mini_vit"], *SHORT, "--learning_rate", "1e20", "--warmup_iters", "20"]
-    one_line(run("mini_vit", *flags, status=1), "learning_rate", "finite")
+    one_line(main("mini_vit", *flags, status=1), "learning_rate", "finite")
     path = tmp_path / "runs" / "mini_vit" / "checkpoint.pt"
     if path.exists():
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["model"].values())

@@ -3,13 +3,14 @@
 import csv
 import itertools
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, SHORT, TINY
+from conftest import ROOT, SCRIPTS, SHORT, TINY
 
 
 def weights(folder, name="checkpoint.pt"):
@@ -41,8 +42,20 @@ def wait_for(condition, process, seconds=120):
 LONG = [*SHORT, "--max_iters", "120", "--eval_interval", "30"]
 
 
-def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, run, start, tmp_path):
-    run(script, *TINY[script], *LONG, "--out_dir", "whole")
+@pytest.fixture
+def resumed_like_whole(script, main, tmp_path):
+    """Resume the run in a folder; see that it ends as a run that nobody stopped, and kept nothing temporary."""
+
+    def check(folder):
+        main(script, *TINY[script], *LONG, "--out_dir", "whole")
+        main(script, "--resume", "--out_dir", folder)
+        assert_same(weights(tmp_path / folder), weights(tmp_path / "whole"))
+        assert rows(tmp_path / folder) == rows(tmp_path / "whole")
+
+    return check
+
+
+def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, tmp_path, resumed_like_whole):
     killed = start(script, *TINY[script], *LONG, "--out_dir", "killed")
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     wait_for(checkpoint.exists, killed)
@@ -50,32 +63,42 @@ def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, run, start, tmp
     killed.kill()
     killed.wait()
     assert torch.load(checkpoint, weights_only=True)["iter"] in (30, 60, 90)
-    run(script, "--resume", "--out_dir", "killed")
-    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    resumed_like_whole("killed")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_resume(script, number, status, run, start, tmp_path):
-    run(script, *TINY[script], *LONG, "--out_dir", "whole")
+@pytest.mark.parametrize(
+    "script, number, status",
+    [(script, signal.SIGINT, 130) for script in SCRIPTS] + [("mini_vit_augment", signal.SIGTERM, 143)],
+    indirect=["script"],
+)
+def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, tmp_path, resumed_like_whole):
     process = start(script, *TINY[script], *LONG, "--out_dir", "stopped", start_new_session=True)
-    wait_for((tmp_path / "stopped" / "log.csv").exists, process)
     wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
     os.killpg(process.pid, number)  # as a terminal does: the workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "--resume --out_dir stopped" in out.splitlines()[-1]
     assert err == ""
-    run(script, "--resume", "--out_dir", "stopped")
-    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
-    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    resumed_like_whole("stopped")
 
 
-def test_two_processes_compute_what_one_does(script, run, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(start, tmp_path):
+    process = start("mini_vit_augment", *TINY["mini_vit"], *LONG, "--max_iters", "100000", start_new_session=True)
+    wait_for((tmp_path / "runs" / "mini_vit_augment" / "checkpoint.pt").exists, process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it can't finish its step in between
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.002)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGINT, 130) and err == ""
+
+
+def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     flags = [*TINY[script], *SHORT, "--dropout", "0", "--input_dropout", "0", "--seed", "3"]
     if script == "mini_vit_augment":  # each process augments its share by itself
         flags += "--rotation 0 --scaling 0 --shear 0 --translation 0 --elastic 0".split()
-    run(script, *flags, "--out_dir", "one")
+    main(script, *flags, "--out_dir", "one")
     result = run(script, *flags, "--out_dir", "two", processes=2)
     assert result.stdout.count("parameters:") == 1
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -85,9 +108,9 @@ def test_two_processes_compute_what_one_does(script, run, tmp_path):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
-def test_resume_with_another_number_of_processes(run, start, tmp_path):
+def test_resume_with_another_number_of_processes(run, main, start, tmp_path):
     flags = [*TINY["mini_vit"], *LONG, "--dropout", "0", "--input_dropout", "0"]
-    run("mini_vit", *flags, "--out_dir", "whole")
+    main("mini_vit", *flags, "--out_dir", "whole")
     process = start("mini_vit", *flags, "--out_dir", "stopped")
     wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGTERM)
@@ -119,35 +142,31 @@ def test_ctrl_c_stops_two_processes_too(start, run, tmp_path):
     run("mini_vit", "--resume", "--max_iters", str(step + 20), processes=2)
 
 
-def test_a_seed_repeats_a_run_and_another_does_not(script, run, tmp_path):
+def test_a_seed_repeats_a_run_and_another_does_not(script, main, tmp_path):
     for out, seed in [("a", "1"), ("b", "1"), ("c", "2")]:
-        run(script, *TINY[script], *SHORT, "--seed", seed, "--out_dir", out)
+        main(script, *TINY[script], *SHORT, "--seed", seed, "--out_dir", out)
     assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "b", "model.pt"))
     with pytest.raises(AssertionError):
         assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "c", "model.pt"))
 
 
-def test_a_second_run_does_not_overwrite_the_first(run, tmp_path):
+def test_a_second_run_does_not_overwrite_the_first(main, tmp_path):
     flags = [*TINY["mini_vit"], *SHORT]
-    run("mini_vit", *flags)
+    main("mini_vit", *flags)
     before = weights(tmp_path / "runs" / "mini_vit")
-    refused = run("mini_vit", *flags, "--seed", "2", status=1)
+    refused = main("mini_vit", *flags, "--seed", "2", status=1)
     for way_out in ("--resume", "--overwrite", "--out_dir"):
         assert way_out in refused.stderr
     assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
-    finished = run("mini_vit", "--resume", status=1)
+    finished = main("mini_vit", "--resume", status=1)
     assert "finished" in finished.stderr
-    run("mini_vit", "--resume", "--max_iters", "32")  # longer
+    main("mini_vit", "--resume", "--max_iters", "32")  # longer
     assert [row["iter"] for row in rows(tmp_path / "runs" / "mini_vit")] == ["8", "16", "24", "32"]
-    run("mini_vit", *flags, "--seed", "2", "--overwrite")
+    main("mini_vit", *flags, "--seed", "2", "--overwrite")
     assert len(rows(tmp_path / "runs" / "mini_vit")) == 3
 
 
 def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
-    import shutil
-
-    from conftest import ROOT
-
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for archive in (ROOT / "data" / "MNIST" / "raw").glob("*.gz"):
@@ -158,19 +177,13 @@ def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
         assert process.returncode == 0, err
 
 
-def test_long_intervals_are_saved_in_between(monkeypatch, tmp_path):
+def test_long_intervals_are_saved_in_between(main, monkeypatch):
     """With no evaluation in sight, a checkpoint is still written."""
-    from conftest import ROOT
-
     import mini_vit
 
     monkeypatch.setattr(mini_vit, "SAVE_SECONDS", 0)
     steps = []
     original = mini_vit.save
     monkeypatch.setattr(mini_vit, "save", lambda state, path: (steps.append(state["iter"]), original(state, path)))
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "25", "--eval_interval", "1000"]
-    assert mini_vit.main([*flags, "--data_dir", str(ROOT / "data"), "--out_dir", str(tmp_path / "out")]) == 0
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-        signal.signal(number, handler)
+    main("mini_vit", *TINY["mini_vit"], *SHORT, "--max_iters", "25", "--eval_interval", "1000")
     assert [step for step, _ in itertools.groupby(steps)] == [10, 20, 25]
