@@ -328,7 +328,7 @@ def build(config: Config, device: torch.device, state: dict) -> tuple[Transforme
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
     if state:
-        model.load_state_dict(state.pop("model"))
+        restore(model, state)
         optimizer.load_state_dict(state.pop("optimizer"))
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         try:
@@ -497,7 +497,17 @@ def load(folder: str, name: str) -> dict:
         fail(f"{path} can't be read: it is damaged or no checkpoint ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         fail(f"{path} is not from {SCRIPT}.py")
+    if state["config"].keys() != {f.name for f in fields(Config)}:
+        fail(f"{path} is from another version of {SCRIPT}.py: its Config has other fields")
     return state
+
+
+def restore(model: Transformer, state: dict) -> None:
+    """Move a saved state's weights into the model."""
+    try:
+        model.load_state_dict(state.pop("model"))
+    except RuntimeError:
+        fail(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?")
 
 
 def write_log(log: list[dict], path: Path) -> None:
@@ -660,7 +670,7 @@ def use_model(mode: argparse.Namespace, given: dict) -> int:
     config = replace(saved_config(state, given), subset=0, holdout=0)
     device, *_ = set_up(config)
     model = Transformer(config).to(device)
-    model.load_state_dict(state["model"])
+    restore(model, state)
     if mode.classify:
         return classify(model, mode.classify, device)
     *_, images, labels = load_mnist(config)

@@ -127,7 +127,10 @@ class Malice:
         return exec, ("open('harm', 'w').close()",)
 
 
-@pytest.mark.parametrize("case", ["missing", "truncated", "empty", "other script", "malicious", "not a dictionary"])
+CASES = ["missing", "truncated", "empty", "other script", "other version", "malicious", "not a dictionary"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode, name", [("--resume", "checkpoint.pt"), ("--eval", "model.pt")])
 def test_a_checkpoint_that_is_none(case, mode, name, main, tmp_path):
     path = tmp_path / "runs" / "mini_vit" / name
@@ -139,6 +142,8 @@ def test_a_checkpoint_that_is_none(case, mode, name, main, tmp_path):
         path.touch()
     if case == "other script":
         torch.save({"script": "mini_vit_concat"}, path)
+    if case == "other version":
+        torch.save({"script": "mini_vit", "config": {"n_layers": 2}}, path)
     if case == "malicious":
         torch.save({"script": "mini_vit", "config": Malice()}, path)
     if case == "not a dictionary":
@@ -147,10 +152,15 @@ def test_a_checkpoint_that_is_none(case, mode, name, main, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_checkpoint_of_another_architecture(main):
+def test_a_checkpoint_of_another_architecture(main, monkeypatch):
+    import mini_vit
+
     main("mini_vit", *RUN)
-    one_line(main("mini_vit", "--resume", "--n_layers", "3", status=1), "n_layers")
-    one_line(main("mini_vit", "--eval", "--n_layers", "3", status=1), "n_layers")
+    for mode in ("--resume", "--eval"):
+        one_line(main("mini_vit", mode, "--n_layers", "3", status=1), "n_layers")
+    monkeypatch.setattr(mini_vit.Transformer, "img_size", 785)  # somebody edits the model
+    for mode in ("--resume", "--eval"):
+        one_line(main("mini_vit", mode, "--max_iters", "32", status=1), "Transformer")
 
 
 def test_no_image(main, tmp_path):
