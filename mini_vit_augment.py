@@ -57,8 +57,8 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 1300  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 260  # optimizer steps from one evaluation, log line and checkpoint to the next
+    max_iters: int = 7000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
@@ -215,8 +215,9 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
                 save_image(images[:64].view(-1, 1, 28, 28) / 255, path, format="png", nrow=16)
         if rank == 0 and step % config.eval_interval == 0:
             tqdm.write(f"waited for data: {waited / (time.perf_counter() - clock):.1%} of the time")
-            waited, clock = 0.0, time.perf_counter()
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if step % config.eval_interval == 0:  # the evaluation in between doesn't count
+            waited, clock = 0.0, time.perf_counter()
 
 
 # ---------------------------------------------------------------------------- model
