@@ -65,13 +65,13 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
+    input_dropout: float = 0.2  # share of pixels hidden from the network, in training
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.12  # augmentation: largest change of size, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
     elastic: float = 1.0  # augmentation: standard deviation of the bending, in pixels
     num_workers: int = 2  # processes that make augmented batches; 0 makes them in the training process
-    input_dropout: float = 0.2  # share of pixels hidden from the network, in training
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
