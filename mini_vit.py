@@ -419,7 +419,7 @@ def train(config: Config, state: dict) -> None:
                 bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
             if evaluating and rank == 0:
                 test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
-                accuracy = (probabilities.argmax(-1) == test_labels).double().mean().item()
+                accuracy = (probabilities.argmax(-1) == test_labels).float().mean().item()
                 train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
                 row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
                 log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
