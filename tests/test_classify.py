@@ -15,14 +15,14 @@ def trained():
     import mini_vit
 
     config = mini_vit.Config(
-        n_layers=1, n_head=8, d_head=32, n_embd=256, data_dir=str(ROOT / "data"), subset=6000, learning_rate=1e-3
+        n_layers=1, n_head=8, d_head=32, n_embd=256, data_dir=str(ROOT / "data"), subset=30000, learning_rate=1e-3
     )
     images, labels, test_images, test_labels = mini_vit.load_mnist(config)
     torch.manual_seed(0)
     model = mini_vit.Transformer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = mini_vit.shuffled_indices(len(images), config, 0)
-    for _ in range(150):
+    for _ in range(400):
         indices = next(batches)
         torch.nn.functional.cross_entropy(model(images[indices]), labels[indices]).backward()
         optimizer.step()
