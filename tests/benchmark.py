@@ -106,15 +106,15 @@ def growth(args: argparse.Namespace) -> None:
         for variant in ("ours", "reference"):
             trainer = Trainer("base", variant, args, **shape)
             trainer.step()
-            medians.append(statistics.median(trainer.step() for _ in range(args.turns)))
+            medians.append(statistics.median(trainer.step() for _ in range(3)))
         text = ", ".join(f"{name} {value}" for name, value in shape.items())
         print(f"{text:36} {medians[0]:8.3f} {medians[1]:10.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, help="default: 512, for the concat model an eighth on a CPU")
+    parser.add_argument("--layers", type=int, help="default: 16; for the concat model 4, as three of them must fit")
+    parser.add_argument("--batch_size", type=int, help="default: 512; for the concat model on a CPU 128")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--no_growth", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "VARIANT"), help="print the peak memory of one model only")
     args = parser.parse_args()
-    if args.peak:
+    if args.peak:  # --layers and --batch_size are given
         trainer = Trainer(*args.peak, args)
         for _ in range(2):
             trainer.step()
@@ -132,12 +132,13 @@ def main() -> None:
             return print(torch.cuda.max_memory_allocated() / 1e9)
         return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    asked = args.batch_size
+    asked = argparse.Namespace(**vars(args))
     for model in args.models:
-        args.batch_size = asked or (64 if model == "concat" and not on_gpu else 512)
+        args.layers = asked.layers or (4 if model == "concat" else 16)
+        args.batch_size = asked.batch_size or (128 if model == "concat" and not on_gpu else 512)
         compare(model, args)
     if not args.no_growth:
-        args.batch_size = asked or 512
+        args.batch_size = asked.batch_size or 512
         growth(args)
 
 
