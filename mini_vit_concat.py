@@ -109,8 +109,8 @@ def fail(message: str):
 def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing.
 
-    torchvision checks the four archives' MD5 sums and unpacks them, here into a folder of its own each time
-    (0.4 s): so no run can see a file that another is still unpacking, or that somebody damaged since.
+    torchvision checks the four archives' MD5 sums and unpacks them, here into a folder of its own each
+    time: so no run can see a file that another is still unpacking, or that somebody damaged since.
     """
     raw = Path(config.data_dir, "MNIST", "raw")
     try:
