@@ -78,7 +78,7 @@ class Config:
     n_layers: int = 16  # blocks
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
-    precision: str = "auto"  # of matrix products: float32 or bfloat16; auto is bfloat16 on CUDA, else float32
+    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the device is made for it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = "data"  # holds MNIST/raw/*.gz
     out_dir: str = f"runs/{SCRIPT}"  # gets checkpoint.pt, model.pt, log.csv and report.png
@@ -311,7 +311,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.precision = config.precision
+        self.bfloat16 = config.precision == "bfloat16"
         self.dropout = nn.Dropout(config.input_dropout)
         self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -327,8 +327,7 @@ class Transformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
-        bfloat16 = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             x = self.embed(self.dropout(x))
             for block in self.blocks:
                 x = block(x)
@@ -386,10 +385,19 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
     return device, rank, world
 
 
-def build(config: Config, device: torch.device, state: dict) -> tuple[Transformer, torch.optim.AdamW]:
-    """Return model and optimizer, new ones or, if it isn't empty, those of the checkpoint `state`."""
+def new_model(config: Config, device: torch.device) -> Transformer:
+    """Return a Transformer with new weights on the device, in the precision that suits it."""
     torch.manual_seed(config.seed)
     model = Transformer(config).to(device)
+    if config.precision == "auto":
+        on_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        model.bfloat16 = device.type == "cuda" or on_cpu
+    return model
+
+
+def build(config: Config, device: torch.device, state: dict) -> tuple[Transformer, torch.optim.AdamW]:
+    """Return model and optimizer, new ones or, if it isn't empty, those of the checkpoint `state`."""
+    model = new_model(config, device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -455,7 +463,8 @@ def train(config: Config, state: dict) -> None:
     model, optimizer = build(config, device, state)
     if rank == 0:
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"device: {device} ({kind})" + f", {world} processes" * (world > 1))
+        precision = "bfloat16" if model.bfloat16 else "float32"
+        print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
         print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
@@ -736,7 +745,7 @@ def use_model(mode: argparse.Namespace, given: dict) -> int:
     state = load(given.get("out_dir", Config.out_dir), "model.pt")
     config = replace(saved_config(state, given), subset=0, holdout=0)
     device, *_ = set_up(config)
-    model = Transformer(config).to(device)
+    model = new_model(config, device)
     restore(model, state)
     if mode.classify:
         return classify(model, mode.classify, device)
