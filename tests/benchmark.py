@@ -30,10 +30,7 @@ class Trainer:
 
     def __init__(self, model: str, variant: str, args: argparse.Namespace, **shape):
         self.script = importlib.import_module(SCRIPTS[model])
-        shape = {
-            "n_layers": args.layers,
-            "dropout": 0.1,
-        } | shape  # dropout as the original's; the floor's and ours, too
+        shape = {"n_layers": args.layers, "dropout": 0.1} | shape  # the original's dropout, ours and the floor's, too
         self.config = self.script.Config(
             batch_size=args.batch_size, device=args.device, precision=args.precision, compile=args.compile, **shape
         )
@@ -83,13 +80,11 @@ def compare(model: str, args: argparse.Namespace) -> None:
             if turn >= 0:
                 times[variant].append(milliseconds)
     evaluating = statistics.median(trainers["ours"].evaluate() for _ in range(3))
-    device = trainers["ours"].device
+    device, precision = trainers["ours"].device, "bfloat16" if trainers["ours"].model.bfloat16 else "float32"
     del trainers, trainer
     base = statistics.median(times["reference"])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(
-        f"\n{model}: {args.layers} layers, batch {args.batch_size}, {args.precision}, compile {args.compile}, ", end=""
-    )
+    print(f"\n{model}: {args.layers} layers, batch {args.batch_size}, {precision}, compile {args.compile}, ", end="")
     print(f"{device} ({name}), torch {torch.__version__}")
     print(f"{'':10} {'ms/image':>9} {'images/s':>9} {'faster':>7} {'peak GB':>8}")
     for variant in VARIANTS:
