@@ -57,7 +57,7 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 7000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    max_iters: int = 4000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
@@ -65,7 +65,7 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    input_dropout: float = 0.2  # share of pixels hidden from the network, in training
+    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.12  # augmentation: largest change of size, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
