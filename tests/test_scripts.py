@@ -199,3 +199,14 @@ def test_augmented_batches_depend_on_seed_and_step_alone(num_workers, tmp_path):
     assert not torch.equal(take(1, seed=2)[0][0], reference[0][0])
     flat = torch.cat([batch for batch, _ in reference])
     assert len(flat.unique(dim=0)) == 120  # every pass and every worker draws anew
+
+
+def test_precision_follows_the_device_or_the_flag(module):
+    device = torch.device("cpu")
+    small = {"n_layers": 1, "n_head": 8, "d_head": 100, "n_embd": 800}
+    made_for_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    for precision, expected in {"auto": made_for_it, "float32": False, "bfloat16": True}.items():
+        model = module.new_model(module.Config(**small, precision=precision), device)
+        assert model.bfloat16 == expected
+        assert model(torch.rand(2, 784)).dtype == torch.float32  # logits and weights always are
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
