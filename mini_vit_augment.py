@@ -329,7 +329,7 @@ class Transformer(nn.Module):
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x = self.embed(self.dropout(x))
+            x = self.embed(self.dropout(x)).to(x.dtype)  # under autocast, the residual stream stays float32
             for block in self.blocks:
                 x = block(x)
             return self.head(self.ln(x)).float()
