@@ -69,7 +69,7 @@ class Config:
     n_layers: int = 16  # blocks
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
-    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the device is made for it
+    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = "data"  # holds MNIST/raw/*.gz
     out_dir: str = f"runs/{SCRIPT}"  # gets checkpoint.pt, model.pt, log.csv and report.png
