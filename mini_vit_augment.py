@@ -11,6 +11,7 @@ torch 2.15.0, seed 1). Worker processes make them, so that training doesn't wait
 
 import argparse
 import csv
+import ctypes
 import inspect
 import itertools
 import math
@@ -365,6 +366,13 @@ def print_results(probabilities: Tensor, labels: Tensor, seed: int) -> None:
 # ---------------------------------------------------------------------------- training
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: getting it anew each time costs a CPU up to a quarter more."""
+    if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX: also large blocks come from the heap
+        glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def set_up(config: Config) -> tuple[torch.device, int, int]:
     """Return the device, this process's rank and the number of processes, joined if torchrun started several."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -379,6 +387,8 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         fail(f"device {name} can't be used: {str(error).splitlines()[0]}")
     if config.batch_size % world:
         fail(f"batch_size {config.batch_size} can't be split evenly over {world} processes")
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where precision is float32
