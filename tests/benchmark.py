@@ -4,17 +4,18 @@
     python tests/benchmark.py --layers 16 --batch_size 512
     python tests/benchmark.py --compile on --precision bfloat16
 
-The models take turns in one run, after a warm-up step each; a time is the median of its turns. Peak memory comes
-from a process of its own per model on the CPU, and from CUDA's allocator on a GPU.
+Each model lives in a process of its own. They take turns, after a warm-up step each; a time is the median of its
+turns. Peak memory is that of the model's process on a CPU, and that of CUDA's allocator on a GPU.
 """
 
 import argparse
 import importlib
+import multiprocessing
 import re
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -61,52 +62,76 @@ class Trainer:
         self.script.evaluate(self.model, self.images, self.labels, len(self.images))
         return 1e3 * (time.perf_counter() - began) / len(self.images)
 
+    def peak_memory(self) -> float:
+        """Return the peak memory so far, in GB; on a CPU the process and its libraries are included."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        status = Path("/proc/self/status").read_text()  # not getrusage, which starts from the parent's peak
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
-def peak_memory(model: str, variant: str, args: argparse.Namespace) -> float:
-    """Return the peak memory, in GB, of two training steps, the process and its libraries included on a CPU."""
-    command = [sys.executable, __file__, "--peak", model, variant]
-    for name in ("layers", "batch_size", "device", "precision", "compile"):
-        command += [f"--{name}", str(getattr(args, name))]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    def name(self) -> str:
+        """Return what this is, and on what it runs."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        precision = "bfloat16" if self.model.bfloat16 else "float32"
+        shape = f"{self.config.n_layers} layers, {self.config.n_head} heads of {self.config.d_head}"
+        numbers = f"batch {self.config.batch_size}, {precision}, compile {self.config.compile}"
+        return f"{self.script.SCRIPT}: {shape}, {numbers}, {self.device} ({name}), torch {torch.__version__}"
+
+
+class Remote:
+    """A Trainer in a process of its own: nobody else's memory gets in its way."""
+
+    trainer: Trainer  # in that process only
+
+    def __init__(self, *args, **shape):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.pool.submit(Remote.create, args, shape).result()
+
+    @staticmethod
+    def create(args: tuple, shape: dict) -> None:
+        Remote.trainer = Trainer(*args, **shape)
+
+    @staticmethod
+    def call(method: str) -> float | str:
+        return getattr(Remote.trainer, method)()
+
+    def __call__(self, method: str) -> float | str:
+        return self.pool.submit(Remote.call, method).result()
+
+
+def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
+    """Return what each variant is and takes: name, ms per image, peak GB, ms per image in evaluation."""
+    trainers = {variant: Remote(model, variant, args, **shape) for variant in args.variants}
+    for trainer in trainers.values():
+        trainer("step")
+    turns = [{variant: trainer("step") for variant, trainer in trainers.items()} for _ in range(args.turns)]
+    measured = {}
+    for variant, trainer in trainers.items():
+        ms, memory = statistics.median(turn[variant] for turn in turns), trainer("peak_memory")
+        evaluating = statistics.median(trainer("evaluate") for _ in range(3))
+        measured[variant] = {"name": trainer("name"), "ms": ms, "memory": memory, "evaluating": evaluating}
+        trainer.pool.shutdown()
+    return measured
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
-    """Print the table of one model."""
-    trainers = {variant: Trainer(model, variant, args) for variant in VARIANTS}
-    times = {variant: [] for variant in VARIANTS}
-    for turn in range(-args.warmup, args.turns):
-        for variant, trainer in trainers.items():
-            milliseconds = trainer.step()
-            if turn >= 0:
-                times[variant].append(milliseconds)
-    evaluating = statistics.median(trainers["ours"].evaluate() for _ in range(3))
-    device, precision = trainers["ours"].device, "bfloat16" if trainers["ours"].model.bfloat16 else "float32"
-    del trainers, trainer
-    base = statistics.median(times["reference"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"\n{model}: {args.layers} layers, batch {args.batch_size}, {precision}, compile {args.compile}, ", end="")
-    print(f"{device} ({name}), torch {torch.__version__}")
-    print(f"{'':10} {'ms/image':>9} {'images/s':>9} {'faster':>7} {'peak GB':>8}")
-    for variant in VARIANTS:
-        median = statistics.median(times[variant])
-        memory = peak_memory(model, variant, args)
-        print(f"{variant:10} {median:9.3f} {1e3 / median:9.0f} {base / median:6.2f}x {memory:8.2f}", flush=True)
-    print(f"evaluating takes {evaluating / statistics.median(times['ours']):.2f} of training's time per image")
+    """Print the table of one model: its variants side by side."""
+    rows = measure(model, args)
+    first = rows[args.variants[0]]
+    print(f"\n{first['name']}\n{'':10} {'ms/image':>9} {'images/s':>9} {'faster':>7} {'peak GB':>8} {'evaluating':>11}")
+    for variant, row in rows.items():
+        speed = f"{row['ms']:9.3f} {1e3 / row['ms']:9.0f} {first['ms'] / row['ms']:6.2f}x"
+        print(f"{variant:10} {speed} {row['memory']:8.2f} {row['evaluating']:11.3f}", flush=True)
 
 
 def growth(args: argparse.Namespace) -> None:
     """Print how the base model's cost grows with depth and with the width of a head."""
     shapes = [{"n_layers": n} for n in (2, 4, 8, 16)]
     shapes += [{"n_layers": 4, "n_head": 784 // d, "d_head": d} for d in (28, 56, 98, 196)]
-    print(f"\n{'':36} {'ours':>8} {'reference':>10}   ms/image")
+    print(f"\n{'ms/image':36}" + "".join(f"{variant:>10}" for variant in args.variants))
     for shape in shapes:
-        medians = []
-        for variant in ("ours", "reference"):
-            trainer = Trainer("base", variant, args, **shape)
-            trainer.step()
-            medians.append(statistics.median(trainer.step() for _ in range(3)))
-        text = ", ".join(f"{name} {value}" for name, value in shape.items())
-        print(f"{text:36} {medians[0]:8.3f} {medians[1]:10.3f}", flush=True)
+        times = "".join(f"{row['ms']:10.3f}" for row in measure("base", args, **shape).values())
+        print(f"{', '.join(f'{name} {value}' for name, value in shape.items()):36}{times}", flush=True)
 
 
 def main() -> None:
@@ -117,19 +142,10 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--models", nargs="+", default=list(SCRIPTS), choices=SCRIPTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no_growth", action="store_true")
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "VARIANT"), help="print the peak memory of one model only")
     args = parser.parse_args()
-    if args.peak:  # --layers and --batch_size are given
-        trainer = Trainer(*args.peak, args)
-        for _ in range(2):
-            trainer.step()
-        if trainer.device.type == "cuda":
-            return print(torch.cuda.max_memory_allocated() / 1e9)
-        status = Path("/proc/self/status").read_text()  # not getrusage, which starts from the parent's peak
-        return print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9)
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     asked = argparse.Namespace(**vars(args))
     for model in args.models:
