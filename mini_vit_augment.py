@@ -197,7 +197,8 @@ def ignore_signals(worker: int) -> None:
 
 def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
     """Yield this process's share, (images, labels) on the device, of each augmented batch from iteration `start` on."""
-    # Lists, not tensors: sharing these starts OpenMP in a second thread, and both then sleep where they should spin.
+    # Lists, not tensors: DataLoader's feeder thread would copy a tensor with OpenMP threads of its own. With more of
+    # them than cores, libgomp lets all sleep between loops, and training on a CPU takes a quarter longer.
     shares = (indices[rank::world].tolist() for indices in shuffled_indices(len(images), config, start))
     batches = DataLoader(
         AugmentedBatches(images, labels, config, rank),
