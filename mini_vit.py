@@ -549,7 +549,7 @@ def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Ten
     losses, accuracy, confusion = top.subplots(1, 3)
 
     curve = {name: [row[name] for row in log] for name in LOG_COLUMNS}
-    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training (with dropout)")
+    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training (dropout, augmentation)")
     losses.semilogy(curve["iter"], curve["test_loss"], "C0-o", label="test")
     losses.set(xlabel="step", title="cross-entropy")
     losses.legend()
