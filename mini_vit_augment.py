@@ -227,12 +227,26 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
 # ---------------------------------------------------------------------------- model
 
 
-def row_sums(weights: Tensor, columns: list[Tensor]) -> list[Tensor]:
-    """Return Σ_j weights_ij c_j, (B, n_head, i), for each c, (B, n_head, j), of columns."""
-    if weights.is_cuda:  # torch.compile fuses these sums with the exp before: the weights never reach memory
+def attention_weights(t: Tensor, k: Tensor, edge: Tensor) -> Tensor:
+    """Return exp(t_i (k_j - edge_i)), (B, n_head, i, j); the difference first keeps large scores exact."""
+    t = (t * math.log2(math.e)).unsqueeze(-1)  # exp2 takes less time than exp on a CPU
+    return (k.unsqueeze(-2) - edge.unsqueeze(-1)).mul_(t).exp2_()
+
+
+def weighted_sums(t: Tensor, k: Tensor, edge: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
+    """Return Σ_j E_ij c_j or, not over keys, Σ_i E_ij c_i of each c, (B, n_head, d_head); E: attention_weights."""
+    if t.is_cuda:  # torch.compile fuses these sums with the exp before: the weights never reach memory
+        weights = attention_weights(t, k, edge)
+        weights = weights if over_keys else weights.mT
         return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
-    with torch.autocast(weights.device.type, enabled=False):
-        return (torch.stack(columns, -2) @ weights.mT).unbind(-2)  # this way round is 4 times as fast on a CPU
+    columns = torch.stack(columns, -2)
+    sums = torch.empty_like(columns)
+    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # so many images' exps stay in a CPU's cache
+    with torch.autocast(t.device.type, enabled=False):
+        for *part, c, out in zip(*(x.split(n_images) for x in (t, k, edge, columns, sums)), strict=True):
+            weights = attention_weights(*part)
+            out.copy_(c @ (weights.mT if over_keys else weights))  # 4 times as fast on a CPU as weights @ c
+    return sums.unbind(-2)
 
 
 class RankOneAttention(torch.autograd.Function):
@@ -244,16 +258,10 @@ class RankOneAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def weights(t: Tensor, k: Tensor, edge: Tensor) -> Tensor:
-        """Return exp(t_i (k_j - edge_i)), (B, n_head, i, j); the difference first keeps large scores exact."""
-        t = (t * math.log2(math.e)).unsqueeze(-1)  # exp2 takes less time than exp on a CPU
-        return (k.unsqueeze(-2) - edge.unsqueeze(-1)).mul_(t).exp2_()
-
-    @staticmethod
     def forward(ctx, t: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The largest score of row i is t_i times the largest k, or the smallest where t_i is negative.
         edge = torch.where(t >= 0, k.amax(-1, keepdim=True), k.amin(-1, keepdim=True))
-        n, *sums = row_sums(RankOneAttention.weights(t, k, edge), [torch.ones_like(k), v, k, v * k])
+        n, *sums = weighted_sums(t, k, edge, [torch.ones_like(k), v, k, v * k], over_keys=True)
         o, pk, pvk = (s / n for s in sums)
         ctx.save_for_backward(t, k, v, edge, n, o, pvk - o * pk)
         return o
@@ -262,7 +270,7 @@ class RankOneAttention(torch.autograd.Function):
     def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t, k, v, edge, n, o, slope = ctx.saved_tensors
         g = do / n
-        a, b, c = row_sums(RankOneAttention.weights(t, k, edge).mT, [g, g * t, g * o * t])
+        a, b, c = weighted_sums(t, k, edge, [g, g * t, g * o * t], over_keys=False)
         return do * slope, v * b - c, a
 
 
@@ -271,11 +279,7 @@ def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     Each of a head's d_head features is a token of width 1.
     """
-    if q.device.type != "cpu":
-        return RankOneAttention.apply(q * scale, k, v)
-    n_images = max(1, 1_400_000 // (q.shape[1] * q.shape[2] ** 2))  # so many images' exps stay in a CPU's cache
-    parts = zip((q * scale).split(n_images), k.split(n_images), v.split(n_images), strict=True)
-    return torch.cat([RankOneAttention.apply(*part) for part in parts])
+    return RankOneAttention.apply(q * scale, k, v)
 
 
 class MultiHead(nn.Module):
@@ -316,7 +320,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.bfloat16 = config.precision == "bfloat16"
+        self.mixed_precision = config.precision == "bfloat16"
         self.dropout = nn.Dropout(config.input_dropout)
         self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -332,7 +336,7 @@ class Transformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
             x = self.embed(self.dropout(x)).to(x.dtype)  # under autocast, the residual stream stays float32
             for block in self.blocks:
                 x = block(x)
@@ -405,7 +409,7 @@ def new_model(config: Config, device: torch.device) -> Transformer:
     model = Transformer(config).to(device)
     if config.precision == "auto":
         on_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        model.bfloat16 = device.type == "cuda" or on_cpu
+        model.mixed_precision = device.type == "cuda" or on_cpu
     return model
 
 
@@ -477,7 +481,7 @@ def train(config: Config, state: dict) -> None:
     model, optimizer = build(config, device, state)
     if rank == 0:
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        precision = "bfloat16" if model.bfloat16 else "float32"
+        precision = "bfloat16" if model.mixed_precision else "float32"
         print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
         print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model

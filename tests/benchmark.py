@@ -72,7 +72,7 @@ class Trainer:
     def name(self) -> str:
         """Return what this is, and on what it runs."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        precision = "bfloat16" if self.model.bfloat16 else "float32"
+        precision = "bfloat16" if self.model.mixed_precision else "float32"
         shape = f"{self.config.n_layers} layers, {self.config.n_head} heads of {self.config.d_head}"
         numbers = f"batch {self.config.batch_size}, {precision}, compile {self.config.compile}"
         return f"{self.script.SCRIPT}: {shape}, {numbers}, {self.device} ({name}), torch {torch.__version__}"

@@ -53,15 +53,17 @@ def test_gradcheck(d_head):
     assert torch.autograd.gradcheck(lambda *x: mini_vit.scalar_attention(*x, 0.7), (q, k, v))
 
 
-def test_sums_on_a_gpu_are_the_sums_on_a_cpu(monkeypatch):
-    """CUDA takes another way through row_sums; tell it that this CPU tensor is on a GPU."""
-    weights, columns = torch.rand(3, 2, 7, 7), [torch.randn(3, 2, 7) for _ in range(4)]
-    here = mini_vit.row_sums(weights, columns)
+@pytest.mark.parametrize("over_keys", [True, False])
+def test_sums_on_a_gpu_are_the_sums_on_a_cpu(over_keys):
+    """CUDA takes another way through weighted_sums; tell it that this CPU tensor is on a GPU."""
 
     class OnGPU(torch.Tensor):
         is_cuda = True
 
-    there = mini_vit.row_sums(weights.as_subclass(OnGPU), columns)
+    t, k, *columns = torch.randn(6, 3, 2, 7)
+    edge = torch.where(t >= 0, k.amax(-1, keepdim=True), k.amin(-1, keepdim=True))
+    here = mini_vit.weighted_sums(t, k, edge, columns, over_keys)
+    there = mini_vit.weighted_sums(t.as_subclass(OnGPU), k, edge, columns, over_keys)
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.as_subclass(torch.Tensor))
 

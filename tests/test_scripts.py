@@ -207,6 +207,6 @@ def test_precision_follows_the_device_or_the_flag(module):
     made_for_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
     for precision, expected in {"auto": made_for_it, "float32": False, "bfloat16": True}.items():
         model = module.new_model(module.Config(**small, precision=precision), device)
-        assert model.bfloat16 == expected
+        assert model.mixed_precision == expected
         assert model(torch.rand(2, 784)).dtype == torch.float32  # logits and weights always are
         assert {p.dtype for p in model.parameters()} == {torch.float32}
