@@ -6,8 +6,8 @@
     python mini_vit.py --resume                            # go on after a stop
     python mini_vit.py --classify photo.png                # the three likeliest digits
 
-The question: how far does a network come that knows nothing of images? To 98.73 % on the test set, after 6.4 passes
-and 33 minutes on two cores of an AMD EPYC (bfloat16, torch 2.15.0, seed 1).
+The question: how far does a network come that knows nothing of images? To 98.85 % on the test set, after 12.8 passes
+and 33 minutes on two cores of an AMD EPYC (bfloat16, compile on, torch 2.15.0, seed 1).
 """
 
 import argparse
@@ -58,14 +58,14 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 1500  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    max_iters: int = 3000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
-    dropout: float = 0.0  # after attention and after feed-forward, in every block
+    dropout: float = 0.1  # after attention and after feed-forward, in every block
     input_dropout: float = 0.2  # share of pixels hidden from the network, in training
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
