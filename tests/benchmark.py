@@ -5,7 +5,8 @@
     python tests/benchmark.py --compile on --precision bfloat16
 
 Each model lives in a process of its own. They take turns, after a warm-up step each; a time is the median of its
-turns. Peak memory is that of the model's process on a CPU, and that of CUDA's allocator on a GPU.
+turns. GFLOP/s counts the operations of the matrix products alone, to compare with the processor's peak. Peak memory is
+that of the model's process on a CPU, and that of CUDA's allocator on a GPU.
 """
 
 import argparse
@@ -69,6 +70,10 @@ class Trainer:
         status = Path("/proc/self/status").read_text()  # not getrusage, which starts from the parent's peak
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
+    def flops(self) -> int:
+        """Return the operations of one image's matrix products: 2 a weight in the forward pass, 4 in the backward."""
+        return 6 * sum(p.numel() for p in self.model.parameters() if p.dim() == 2)
+
     def name(self) -> str:
         """Return what this is, and on what it runs."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -92,15 +97,15 @@ class Remote:
         Remote.trainer = Trainer(*args, **shape)
 
     @staticmethod
-    def call(method: str) -> float | str:
+    def call(method: str) -> float | int | str:
         return getattr(Remote.trainer, method)()
 
-    def __call__(self, method: str) -> float | str:
+    def __call__(self, method: str) -> float | int | str:
         return self.pool.submit(Remote.call, method).result()
 
 
 def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
-    """Return what each variant is and takes: name, ms per image, peak GB, ms per image in evaluation."""
+    """Return what each variant is and takes: name, ms per image, peak GB, ms per image in evaluation, GFLOP/s."""
     trainers = {variant: Remote(model, variant, args, **shape) for variant in args.variants}
     for trainer in trainers.values():
         trainer("step")
@@ -110,6 +115,7 @@ def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
         ms, memory = statistics.median(turn[variant] for turn in turns), trainer("peak_memory")
         evaluating = statistics.median(trainer("evaluate") for _ in range(3))
         measured[variant] = {"name": trainer("name"), "ms": ms, "memory": memory, "evaluating": evaluating}
+        measured[variant]["gflops"] = trainer("flops") / ms / 1e6
         trainer.pool.shutdown()
     return measured
 
@@ -118,9 +124,10 @@ def compare(model: str, args: argparse.Namespace) -> None:
     """Print the table of one model: its variants side by side."""
     rows = measure(model, args)
     first = rows[args.variants[0]]
-    print(f"\n{first['name']}\n{'':10} {'ms/image':>9} {'images/s':>9} {'faster':>7} {'peak GB':>8} {'evaluating':>11}")
+    columns = f"{'ms/image':>9} {'images/s':>9} {'faster':>7} {'GFLOP/s':>8} {'peak GB':>8} {'evaluating':>11}"
+    print(f"\n{first['name']}\n{'':10} {columns}")
     for variant, row in rows.items():
-        speed = f"{row['ms']:9.3f} {1e3 / row['ms']:9.0f} {first['ms'] / row['ms']:6.2f}x"
+        speed = f"{row['ms']:9.3f} {1e3 / row['ms']:9.0f} {first['ms'] / row['ms']:6.2f}x {row['gflops']:8.0f}"
         print(f"{variant:10} {speed} {row['memory']:8.2f} {row['evaluating']:11.3f}", flush=True)
 
 
