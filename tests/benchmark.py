@@ -97,15 +97,15 @@ class Remote:
         Remote.trainer = Trainer(*args, **shape)
 
     @staticmethod
-    def call(method: str) -> float | int | str:
+    def call(method: str) -> float | str:
         return getattr(Remote.trainer, method)()
 
-    def __call__(self, method: str) -> float | int | str:
+    def __call__(self, method: str) -> float | str:
         return self.pool.submit(Remote.call, method).result()
 
 
 def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
-    """Return what each variant is and takes: name, ms per image, peak GB, ms per image in evaluation, GFLOP/s."""
+    """Return what each variant is and takes: name, ms per image, GFLOP/s, peak GB, ms per image in evaluation."""
     trainers = {variant: Remote(model, variant, args, **shape) for variant in args.variants}
     for trainer in trainers.values():
         trainer("step")
@@ -114,8 +114,9 @@ def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
     for variant, trainer in trainers.items():
         ms, memory = statistics.median(turn[variant] for turn in turns), trainer("peak_memory")
         evaluating = statistics.median(trainer("evaluate") for _ in range(3))
-        measured[variant] = {"name": trainer("name"), "ms": ms, "memory": memory, "evaluating": evaluating}
-        measured[variant]["gflops"] = trainer("flops") / ms / 1e6
+        gflops = trainer("flops") / ms / 1e6
+        row = {"name": trainer("name"), "ms": ms, "gflops": gflops, "memory": memory, "evaluating": evaluating}
+        measured[variant] = row
         trainer.pool.shutdown()
     return measured
 
