@@ -66,6 +66,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
     input_dropout: float = 0.2  # share of pixels hidden from the network, in training
+    adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
@@ -408,6 +409,16 @@ def resume_command(config: Config, world: int) -> str:
     return f"{start} {shlex.quote(sys.argv[0])} --resume{place}"
 
 
+def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float) -> Tensor:
+    """Return pixels (B, 784) of uint8 images, each pixel changed by ± size, whichever raises the loss.
+
+    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
+    """
+    pixels = (images / 255).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), labels), pixels)
+    return (pixels + size * gradient.sign()).detach()
+
+
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -432,6 +443,8 @@ def train(config: Config, state: dict) -> None:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
+            if config.adversarial:
+                images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -558,7 +571,7 @@ def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Ten
     losses, accuracy, confusion = top.subplots(1, 3)
 
     curve = {name: [row[name] for row in log] for name in LOG_COLUMNS}
-    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training (dropout, augmentation)")
+    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training")
     losses.semilogy(curve["iter"], curve["test_loss"], "C0-o", label="test")
     losses.set(xlabel="step", title="cross-entropy")
     losses.legend()

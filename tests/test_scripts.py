@@ -155,6 +155,21 @@ def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
         torch.testing.assert_close(same, probabilities, rtol=1e-4, atol=1e-6)
 
 
+def test_adversarial_images_raise_the_loss(module):
+    embd = 800 if module.__name__ == "mini_vit_concat" else 56
+    model = module.Transformer(module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd, dropout=0)).eval()
+    images, labels = torch.randint(0, 256, (20, 784), dtype=torch.uint8), torch.randint(0, 10, (20,))
+    adversarial = module.adversarial(model, images, labels, 0.01)
+    change = adversarial - images / 255
+    torch.testing.assert_close(change.abs(), torch.full_like(change, 0.01))
+    before, after, opposite = (
+        torch.nn.functional.cross_entropy(model(x), labels, reduction="none").detach()
+        for x in (images, adversarial, images / 255 - change)
+    )
+    assert (after > before).all() and (opposite < before).all()
+    assert not adversarial.requires_grad and all(p.grad is None for p in model.parameters())
+
+
 def test_each_pass_takes_each_image_once(module):
     config = module.Config(batch_size=30)
     batches = module.shuffled_indices(100, config, 0)
