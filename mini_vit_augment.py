@@ -79,6 +79,7 @@ class Config:
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
+    growth: float = 4.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -325,6 +326,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.input_dropout)
         self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.depth = config.n_layers  # blocks in use: the first so many
         self.ln = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, 10)
         for name, parameter in self.named_parameters():
@@ -339,7 +341,7 @@ class Transformer(nn.Module):
         x = images / 255 if images.dtype == torch.uint8 else images
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
             x = self.embed(self.dropout(x)).to(x.dtype)  # under autocast, the residual stream stays float32
-            for block in self.blocks:
+            for block in self.blocks[: self.depth]:
                 x = block(x)
             return self.head(self.ln(x)).float()
 
@@ -443,6 +445,15 @@ def learning_rate_at(step: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def depth_at(step: int, config: Config) -> int:
+    """Return how many blocks are in use at a step, 1 at first, n_layers at the last step.
+
+    A shallow network learns faster, per step and still more per second. A new block's output is small, as
+    initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
+    """
+    return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
+
+
 class StopSignal:
     """Remembers the first Ctrl-C or SIGTERM, so that training stops between two steps; the second ends at once."""
 
@@ -495,7 +506,9 @@ def train(config: Config, state: dict) -> None:
         precision = "bfloat16" if model.mixed_precision else "float32"
         print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
         print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    parallel = model
+    if world > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
@@ -507,6 +520,7 @@ def train(config: Config, state: dict) -> None:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
+            model.depth = max(state.get("depth", 1), depth_at(step, config))
             if config.adversarial:
                 images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)
@@ -534,7 +548,8 @@ def train(config: Config, state: dict) -> None:
             if evaluating:
                 loss_sum.zero_()
             if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
-                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
+                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "depth": model.depth}
+                run["model"] = model.state_dict()
                 progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
                 save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
                 saved = time.perf_counter()
@@ -613,6 +628,7 @@ def restore(model: Transformer, state: dict) -> None:
     """Move a saved state's weights into the model."""
     try:
         model.load_state_dict(state.pop("model"))
+        model.depth = state["depth"]
     except RuntimeError:
         fail(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?")
 
@@ -668,7 +684,7 @@ def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Ten
     axes = bottom.subplots(2, 4)
     axes[0, 0].imshow(images[0].cpu().view(28, 28), cmap="gray")
     axes[0, 0].set_title("the digit")
-    for row, (place, block) in zip(axes, [("first", 0), ("last", -1)], strict=True):
+    for row, (place, block) in zip(axes, [("first", 0), ("last", model.depth - 1)], strict=True):
         attention = attention_matrix(model, images[:1], block)
         for head, ax in enumerate(row[1:]):
             if head < len(attention):

@@ -71,6 +71,7 @@ class Config:
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
     n_layers: int = 16  # blocks
+    growth: float = 4.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -260,6 +261,7 @@ class Transformer(nn.Module):
         self.reduce = nn.ModuleList(
             nn.Linear(config.n_embd, config.n_embd - self.img_size) for _ in range(config.n_layers)
         )
+        self.depth = config.n_layers  # blocks in use: the first so many
         self.ln = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, 10)
         for name, parameter in self.named_parameters():
@@ -268,6 +270,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if writes else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for reduce in self.reduce:
+            nn.init.eye_(reduce.weight)  # a new block begins by passing on what it gets
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
@@ -275,7 +279,7 @@ class Transformer(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
             image = self.dropout(x)
             x = torch.cat([self.embed(image), image], -1)
-            for block, reduce in zip(self.blocks, self.reduce, strict=True):
+            for block, reduce in zip(self.blocks[: self.depth], self.reduce, strict=False):
                 x = torch.cat([reduce(block(x)), image], -1)  # every block's input ends with the image itself
             return self.head(self.ln(x)).float()
 
@@ -379,6 +383,15 @@ def learning_rate_at(step: int, config: Config) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def depth_at(step: int, config: Config) -> int:
+    """Return how many blocks are in use at a step, 1 at first, n_layers at the last step.
+
+    A shallow network learns faster, per step and still more per second. A new block's output is small, as
+    initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
+    """
+    return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
+
+
 class StopSignal:
     """Remembers the first Ctrl-C or SIGTERM, so that training stops between two steps; the second ends at once."""
 
@@ -431,7 +444,9 @@ def train(config: Config, state: dict) -> None:
         precision = "bfloat16" if model.mixed_precision else "float32"
         print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
         print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    parallel = model
+    if world > 1:
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
@@ -443,6 +458,7 @@ def train(config: Config, state: dict) -> None:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
+            model.depth = max(state.get("depth", 1), depth_at(step, config))
             if config.adversarial:
                 images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)
@@ -470,7 +486,8 @@ def train(config: Config, state: dict) -> None:
             if evaluating:
                 loss_sum.zero_()
             if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
-                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "model": model.state_dict()}
+                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "depth": model.depth}
+                run["model"] = model.state_dict()
                 progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
                 save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
                 saved = time.perf_counter()
@@ -549,6 +566,7 @@ def restore(model: Transformer, state: dict) -> None:
     """Move a saved state's weights into the model."""
     try:
         model.load_state_dict(state.pop("model"))
+        model.depth = state["depth"]
     except RuntimeError:
         fail(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?")
 
@@ -604,7 +622,7 @@ def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Ten
     axes = bottom.subplots(2, 4)
     axes[0, 0].imshow(images[0].cpu().view(28, 28), cmap="gray")
     axes[0, 0].set_title("the digit")
-    for row, (place, block) in zip(axes, [("first", 0), ("last", -1)], strict=True):
+    for row, (place, block) in zip(axes, [("first", 0), ("last", model.depth - 1)], strict=True):
         attention = attention_matrix(model, images[:1], block)
         for head, ax in enumerate(row[1:]):
             if head < len(attention):

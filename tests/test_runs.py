@@ -172,6 +172,35 @@ def test_a_second_run_does_not_overwrite_the_first(main, tmp_path):
     assert len(rows(tmp_path / "runs" / "mini_vit")) == 3
 
 
+def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch):
+    """With max_iters raised, depth_at falls; the network must not."""
+    import mini_vit
+
+    main("mini_vit", *TINY["mini_vit"], *SHORT)
+    depths, original = {}, mini_vit.save
+    monkeypatch.setattr(
+        mini_vit, "save", lambda state, path: (depths.update({state["iter"]: state["depth"]}), original(state, path))
+    )
+    main("mini_vit", "--resume", "--max_iters", "48")
+    assert depths == {32: 2, 40: 2, 48: 2}  # depth_at would be 1 at step 32
+
+
+def test_a_run_under_way_is_evaluated_with_the_blocks_it_has(main, tmp_path, monkeypatch):
+    """The second block joins at the last step, 25; the model of step 24 is evaluated without it."""
+    import mini_vit
+
+    flags = [*SHORT, "--max_iters", "25", "--eval_interval", "24", "--growth", "20", "--subset", "0"]
+    original = mini_vit.save
+    monkeypatch.setattr(mini_vit, "save", lambda state, path: original(state, path.with_name(f"{state['iter']}.pt")))
+    main("mini_vit", *TINY["mini_vit"], *flags)
+    run = tmp_path / "runs" / "mini_vit"
+    for step, depth, row in [(24, 1, 0), (25, 2, 1)]:
+        (run / f"{step}.pt").rename(run / "model.pt")
+        assert torch.load(run / "model.pt", weights_only=True)["depth"] == depth
+        loss = float(rows(run)[row]["test_loss"])
+        assert f"test loss: {loss:.4f}" in main("mini_vit", "--eval").stdout
+
+
 def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)

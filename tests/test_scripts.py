@@ -95,6 +95,37 @@ def test_concat_gives_every_block_the_image():
     torch.testing.assert_close(logits, model.head(model.ln(expected[-1])))
 
 
+def test_depth_grows_from_one_block_to_all(module):
+    config = module.Config(n_layers=4, max_iters=100, growth=2.0)
+    depths = [module.depth_at(step, config) for step in range(1, 101)]
+    assert depths == sorted(depths)
+    assert [depths.index(n) + 1 for n in (1, 2, 3, 4)] == [1, 51, 71, 87]  # the first steps past 100 sqrt((n - 1) / 4)
+    at_once = module.Config(n_layers=4, max_iters=100, growth=0.0)
+    assert {module.depth_at(step, at_once) for step in range(1, 101)} == {4}
+
+
+def test_blocks_not_in_use_change_nothing(module):
+    """A model at depth 1 is the model of one block."""
+    embd = 800 if module.__name__ == "mini_vit_concat" else 784
+    shape = {"n_head": 8, "d_head": embd // 8, "n_embd": embd, "precision": "float32"}
+    images = torch.rand(50, 784)
+    deep = module.Transformer(module.Config(n_layers=3, **shape)).eval()
+    one = module.Transformer(module.Config(n_layers=1, **shape)).eval()
+    one.load_state_dict({name: deep.state_dict()[name] for name in one.state_dict()})
+    deep.depth = 1
+    torch.testing.assert_close(deep(images), one(images), rtol=0, atol=0)
+    deep.depth = 2
+    assert not torch.allclose(deep(images), one(images))
+
+
+def test_a_new_block_of_concat_passes_on_what_it_gets():
+    import mini_vit_concat
+
+    model = mini_vit_concat.Transformer(mini_vit_concat.Config(n_layers=2, n_head=8, d_head=100, n_embd=800))
+    x = torch.rand(5, 800)
+    torch.testing.assert_close(model.reduce[1](x), x[:, :16])
+
+
 def test_uint8_images_are_pixels_from_0_to_1(module):
     embd = 800 if module.__name__ == "mini_vit_concat" else 784
     config = module.Config(n_layers=1, n_head=8, d_head=embd // 8, n_embd=embd)
