@@ -58,7 +58,7 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 2000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    max_iters: int = 3000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters

@@ -64,9 +64,9 @@ class Config:
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
-    dropout: float = 0.0  # after attention and after feed-forward, in every block
-    input_dropout: float = 0.2  # share of pixels hidden from the network, in training
-    adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
+    dropout: float = 0.1  # after attention and after feed-forward, in every block
+    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
+    adversarial: float = 0.1  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
