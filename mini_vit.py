@@ -377,11 +377,12 @@ def learning_rate_at(step: int, config: Config) -> float:
 
 
 def depth_at(step: int, config: Config) -> int:
-    """Return how many blocks are in use at a step, 1 at first, n_layers at the last step.
+    """Return how many blocks are in use at a step: few at first, all n_layers at the last step, max_iters.
 
     A shallow network learns faster, per step and still more per second. A new block's output is small, as
     initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
     """
+    # A large growth makes the power 0, by underflow: hence the max.
     return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
 
 
@@ -438,7 +439,7 @@ def train(config: Config, state: dict) -> None:
         print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
         print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
     parallel = model
-    if world > 1:
+    if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
@@ -479,8 +480,8 @@ def train(config: Config, state: dict) -> None:
             if evaluating:
                 loss_sum.zero_()
             if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
-                run = {"script": SCRIPT, "config": asdict(config), "iter": step, "depth": model.depth}
-                run["model"] = model.state_dict()
+                run = {"script": SCRIPT, "config": asdict(config), "iter": step}
+                run |= {"depth": model.depth, "model": model.state_dict()}
                 progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
                 save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
                 saved = time.perf_counter()
@@ -556,12 +557,12 @@ def load(folder: str, name: str) -> dict:
 
 
 def restore(model: Transformer, state: dict) -> None:
-    """Move a saved state's weights into the model."""
+    """Move a saved state's weights into the model, and use as many blocks as that run did."""
     try:
         model.load_state_dict(state.pop("model"))
-        model.depth = state["depth"]
     except RuntimeError:
         fail(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?")
+    model.depth = state["depth"]
 
 
 def write_log(log: list[dict], path: Path) -> None:
