@@ -201,6 +201,17 @@ def test_adversarial_images_raise_the_loss(module):
     assert not adversarial.requires_grad and all(p.grad is None for p in model.parameters())
 
 
+def test_the_hardest_images_are_chosen(module):
+    embd = 800 if module.__name__ == "mini_vit_concat" else 56
+    model = module.Transformer(module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd)).eval()
+    images, labels = torch.randint(0, 256, (103, 784), dtype=torch.uint8), torch.randint(0, 10, (103,))
+    losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none").detach()
+    for one_in, n in ((1, 103), (4, 26), (1000, 1)):
+        chosen, their_labels = module.hardest(model, images, labels, one_in)
+        wanted = losses.argsort(descending=True)[:n]
+        assert torch.equal(chosen, images[wanted]) and torch.equal(their_labels, labels[wanted])
+
+
 def test_each_pass_takes_each_image_once(module):
     config = module.Config(batch_size=30)
     batches = module.shuffled_indices(100, config, 0)
