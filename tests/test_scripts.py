@@ -153,7 +153,7 @@ def test_smoke(script, run, tmp_path):
     out = tmp_path / "runs" / script
     rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     assert [row["iter"] for row in rows] == ["75", "150"]
-    assert float(rows[1]["train_loss"]) < 0.75 * float(rows[0]["train_loss"])
+    assert float(rows[1]["train_loss"]) < 0.85 * float(rows[0]["train_loss"])
     assert float(rows[1]["test_accuracy"]) == pytest.approx(correct / 1500)
     wanted = {"checkpoint.pt", "model.pt", "log.csv", "report.png"}
     assert {path.name for path in out.iterdir()} == wanted | ({"augmented.png"} if "augment" in script else set())
