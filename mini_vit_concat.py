@@ -59,7 +59,7 @@ class Config:
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
     max_iters: int = 1200  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
-    learning_rate: float = 3e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
+    learning_rate: float = 3e-4  # peak of AdamW's
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
