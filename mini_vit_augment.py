@@ -58,17 +58,16 @@ CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", 
 class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
-    batch_size: int = 1024  # images per optimizer step, over all processes; lower it when memory runs out
+    batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
     max_iters: int = 10000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 1000  # optimizer steps from one evaluation, log line and checkpoint to the next
-    learning_rate: float = 1e-3  # peak of AdamW's
+    learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
     input_dropout: float = 0.0  # share of pixels hidden from the network, in training
-    selection: int = 4  # one in so many images of a batch is trained on: those with the largest loss; 1 is all
     adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.12  # augmentation: largest change of size, as a share
@@ -104,7 +103,7 @@ class Config:
             raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
 
 
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip selection n_head d_head n_embd n_layers".split()
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
 BELOW_ONE = "beta2 dropout input_dropout".split()
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
@@ -496,17 +495,6 @@ def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float)
     return (pixels + size * gradient.sign()).detach()
 
 
-def hardest(model: Transformer, images: Tensor, labels: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
-    """Return one in so many images, rounded up, with their labels: those with the largest loss.
-
-    Looking at an image costs a third of training on it. This is ordered SGD (Kawaguchi and Lu 2020, arXiv:1907.04371).
-    """
-    with torch.no_grad():
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-    chosen = losses.topk(math.ceil(len(images) / one_in)).indices
-    return images[chosen], labels[chosen]
-
-
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -534,8 +522,6 @@ def train(config: Config, state: dict) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
             model.depth = max(state.get("depth", 1), depth_at(step, config))
-            if config.selection > 1:
-                images, labels = hardest(model, images, labels, config.selection)
             if config.adversarial:
                 images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)

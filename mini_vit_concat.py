@@ -66,7 +66,6 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.1  # after attention and after feed-forward, in every block
     input_dropout: float = 0.0  # share of pixels hidden from the network, in training
-    selection: int = 1  # one in so many images of a batch is trained on: those with the largest loss; 1 is all
     adversarial: float = 0.1  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
@@ -98,7 +97,7 @@ class Config:
             raise ValueError(f"n_embd must be more than the image's 784, not {self.n_embd}")
 
 
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip selection n_head d_head n_embd n_layers".split()
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
 BELOW_ONE = "beta2 dropout input_dropout".split()
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
@@ -434,17 +433,6 @@ def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float)
     return (pixels + size * gradient.sign()).detach()
 
 
-def hardest(model: Transformer, images: Tensor, labels: Tensor, one_in: int) -> tuple[Tensor, Tensor]:
-    """Return one in so many images, rounded up, with their labels: those with the largest loss.
-
-    Looking at an image costs a third of training on it. This is ordered SGD (Kawaguchi and Lu 2020, arXiv:1907.04371).
-    """
-    with torch.no_grad():
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-    chosen = losses.topk(math.ceil(len(images) / one_in)).indices
-    return images[chosen], labels[chosen]
-
-
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -472,8 +460,6 @@ def train(config: Config, state: dict) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
             model.depth = max(state.get("depth", 1), depth_at(step, config))
-            if config.selection > 1:
-                images, labels = hardest(model, images, labels, config.selection)
             if config.adversarial:
                 images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)

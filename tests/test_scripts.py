@@ -153,7 +153,7 @@ def test_smoke(script, run, tmp_path):
     out = tmp_path / "runs" / script
     rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     assert [row["iter"] for row in rows] == ["75", "150"]
-    assert float(rows[1]["train_loss"]) < 0.85 * float(rows[0]["train_loss"])
+    assert float(rows[1]["train_loss"]) < 0.75 * float(rows[0]["train_loss"])
     assert float(rows[1]["test_accuracy"]) == pytest.approx(correct / 1500)
     wanted = {"checkpoint.pt", "model.pt", "log.csv", "report.png"}
     assert {path.name for path in out.iterdir()} == wanted | ({"augmented.png"} if "augment" in script else set())
@@ -199,17 +199,6 @@ def test_adversarial_images_raise_the_loss(module):
     )
     assert (after > before).all() and (opposite < before).all()
     assert not adversarial.requires_grad and all(p.grad is None for p in model.parameters())
-
-
-def test_the_hardest_images_are_chosen(module):
-    embd = 800 if module.__name__ == "mini_vit_concat" else 56
-    model = module.Transformer(module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd)).eval()
-    images, labels = torch.randint(0, 256, (103, 784), dtype=torch.uint8), torch.randint(0, 10, (103,))
-    losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none").detach()
-    for one_in, n in ((1, 103), (4, 26), (1000, 1)):
-        chosen, their_labels = module.hardest(model, images, labels, one_in)
-        wanted = losses.argsort(descending=True)[:n]
-        assert torch.equal(chosen, images[wanted]) and torch.equal(their_labels, labels[wanted])
 
 
 def test_each_pass_takes_each_image_once(module):
