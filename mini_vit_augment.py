@@ -67,7 +67,6 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
     adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.12  # augmentation: largest change of size, as a share
@@ -104,7 +103,7 @@ class Config:
 
 
 POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
-BELOW_ONE = "beta2 dropout input_dropout".split()
+BELOW_ONE = "beta2", "dropout"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -323,7 +322,6 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.mixed_precision = config.precision == "bfloat16"
-        self.dropout = nn.Dropout(config.input_dropout)
         self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.depth = config.n_layers  # blocks in use: the first so many
@@ -340,7 +338,7 @@ class Transformer(nn.Module):
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            x = self.embed(self.dropout(x)).to(x.dtype)  # under autocast, the residual stream stays float32
+            x = self.embed(x).to(x.dtype)  # under autocast, the residual stream stays float32
             for block in self.blocks[: self.depth]:
                 x = block(x)
             return self.head(self.ln(x)).float()

@@ -65,7 +65,6 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.1  # after attention and after feed-forward, in every block
-    input_dropout: float = 0.0  # share of pixels hidden from the network, in training
     adversarial: float = 0.1  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
@@ -98,7 +97,7 @@ class Config:
 
 
 POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
-BELOW_ONE = "beta2 dropout input_dropout".split()
+BELOW_ONE = "beta2", "dropout"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -255,7 +254,6 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.mixed_precision = config.precision == "bfloat16"
-        self.dropout = nn.Dropout(config.input_dropout)
         self.embed = nn.Linear(self.img_size, config.n_embd - self.img_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.reduce = nn.ModuleList(
@@ -275,9 +273,8 @@ class Transformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
-        x = images / 255 if images.dtype == torch.uint8 else images
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            image = self.dropout(x)
+        image = images / 255 if images.dtype == torch.uint8 else images
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.mixed_precision):
             x = torch.cat([self.embed(image), image], -1)
             for block, reduce in zip(self.blocks[: self.depth], self.reduce, strict=False):
                 x = torch.cat([reduce(block(x)), image], -1)  # every block's input ends with the image itself
