@@ -575,7 +575,7 @@ def train(config: Config, state: dict) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path, then rename it: neither a reader nor a crash ever meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # its own: two runs may share the folder
     try:
         yield temporary
         os.replace(temporary, path)

@@ -122,6 +122,17 @@ def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path):
     assert not list(checkpoint.parent.glob("*.tmp"))
 
 
+def test_two_runs_in_one_folder_never_write_the_same_file(module, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    with module.replacing(path) as ours:
+        ours.write_text("ours")
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        with module.replacing(path) as theirs:
+            theirs.write_text("theirs")
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours"
+
+
 class Malice:
     def __reduce__(self):
         return exec, ("open('harm', 'w').close()",)
