@@ -5,7 +5,7 @@
     python mini_vit_augment.py --resume        # go on after a stop; torchrun and all flags as in mini_vit.py
 
 The question: how far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing of
-images? To 99.46 % on the test set, after 43 passes and 43 minutes on two cores of an AMD EPYC (bfloat16, torch
+images? To 99.56 % on the test set, after 102 passes and 78 minutes on two cores of an AMD EPYC (bfloat16, torch
 2.15.0, seed 1). Worker processes make them, so that training doesn't wait. out_dir/augmented.png shows some.
 """
 
@@ -59,11 +59,11 @@ class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 10000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 1000  # optimizer steps from one evaluation, log line and checkpoint to the next
+    max_iters: int = 24000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 2000  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
-    weight_decay: float = 0.05  # AdamW's, on matrices only
+    weight_decay: float = 0.3  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
@@ -72,13 +72,13 @@ class Config:
     scaling: float = 0.12  # augmentation: largest change of size, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
-    elastic: float = 1.0  # augmentation: standard deviation of the bending, in pixels
+    elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
     num_workers: int = 2  # processes that make augmented batches; 0 makes them in the training process
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
-    growth: float = 4.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
+    growth: float = 8.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
