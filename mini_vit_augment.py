@@ -5,8 +5,9 @@
     python mini_vit_augment.py --resume        # go on after a stop; torchrun and all flags as in mini_vit.py
 
 The question: how far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing of
-images? To 99.56 % on the test set, after 154 passes and 101 minutes on two cores of an AMD EPYC (bfloat16, torch
-2.15.0, seed 1). Worker processes make them, so that training doesn't wait. out_dir/augmented.png shows some.
+images? To 99.63 % on the test set, after looking at 375 passes of them, training on the hardest quarter, in 118 minutes
+on two cores of an AMD EPYC (bfloat16, torch 2.15.0, seed 1). Worker processes make them, so that training doesn't
+wait. out_dir/augmented.png shows some.
 """
 
 import argparse
@@ -58,9 +59,9 @@ CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", 
 class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
-    batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 36000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 2000  # optimizer steps from one evaluation, log line and checkpoint to the next
+    batch_size: int = 1024  # images per optimizer step, over all processes; lower it when memory runs out
+    max_iters: int = 22000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 1000  # optimizer steps from one evaluation, log line and checkpoint to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.3  # AdamW's, on matrices only
@@ -68,8 +69,9 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
     adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
+    easy_share: float = 0.75  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
-    scaling: float = 0.12  # augmentation: largest change of size, as a share
+    scaling: float = 0.17  # augmentation: largest change of width and of height, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
@@ -78,7 +80,7 @@ class Config:
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
-    growth: float = 8.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
+    growth: float = 12.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -103,7 +105,7 @@ class Config:
 
 
 POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
-BELOW_ONE = "beta2", "dropout"
+BELOW_ONE = "beta2", "dropout", "easy_share"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -164,10 +166,12 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     def uniform(limit: float) -> Tensor:
         return limit * (2 * torch.rand(len(images), generator=generator) - 1)
 
-    angle, size = torch.deg2rad(uniform(config.rotation)), 1 + uniform(config.scaling)
-    cos, sin, shear = angle.cos() / size, angle.sin() / size, uniform(config.shear)
+    angle, shear = torch.deg2rad(uniform(config.rotation)), uniform(config.shear)
+    cos, sin, wide, high = angle.cos(), angle.sin(), 1 + uniform(config.scaling), 1 + uniform(config.scaling)
     shift_x, shift_y = uniform(config.translation / 14), uniform(config.translation / 14)  # the image is 2 wide
-    theta = torch.stack([cos, sin + shear * cos, shift_x, -sin, cos - shear * sin, shift_y], -1).view(-1, 2, 3)
+    x = torch.stack([cos / wide, (sin + shear * cos) / high, shift_x], -1)
+    y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
+    theta = torch.stack([x, y], 1)  # (B, 2, 3)
     affine = F.affine_grid(torch.eye(2, 3)[None], (1, 1, 28, 28), align_corners=False).view(784, 2)
     basis = torch.cat([F.pad(affine, (0, 1), value=1.0), ELASTIC_BASIS], -1)  # (784, 3 + 25)
     bending = torch.randn(len(images), 2, 25, generator=generator) * config.elastic / 14
@@ -494,6 +498,17 @@ def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float)
     return (pixels + size * gradient.sign()).detach()
 
 
+def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the batch without that share of it whose loss is smallest (ordered SGD: Kawaguchi and Lu 2020).
+
+    Most images soon teach nothing more, and looking at one takes a third of the time of training on it.
+    """
+    with torch.no_grad():
+        losses = F.cross_entropy(model(images), labels, reduction="none")
+    hard = losses.topk(len(losses) - int(share * len(losses))).indices
+    return images[hard], labels[hard]
+
+
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -521,6 +536,8 @@ def train(config: Config, state: dict) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
             model.depth = max(state.get("depth", 1), depth_at(step, config))
+            if config.easy_share:
+                images, labels = without_easy(model, images, labels, config.easy_share)
             if config.adversarial:
                 images = adversarial(model, images, labels, config.adversarial)
             loss = F.cross_entropy(parallel(images), labels)

@@ -33,6 +33,7 @@ def one_line(result, *words):
         (["--learning_rate", "-1"], "learning_rate"),
         (["--grad_clip", "0"], "grad_clip"),
         (["--dropout", "1"], "dropout"),
+        (["--easy_share", "1"], "easy_share"),
         (["--precision", "float8"], "precision"),
         (["--n_head", "3"], "n_embd"),
         (["--classify"], "--classify"),

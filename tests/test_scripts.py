@@ -186,10 +186,24 @@ def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
         torch.testing.assert_close(same, probabilities, rtol=1e-4, atol=1e-6)
 
 
-def test_adversarial_images_raise_the_loss(module):
+def model_and_images(module) -> tuple:
     embd = 800 if module.__name__ == "mini_vit_concat" else 56
     model = module.Transformer(module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd, dropout=0)).eval()
-    images, labels = torch.randint(0, 256, (20, 784), dtype=torch.uint8), torch.randint(0, 10, (20,))
+    return model, torch.randint(0, 256, (20, 784), dtype=torch.uint8), torch.randint(0, 10, (20,))
+
+
+def test_the_easy_share_of_a_batch_is_left_out(module):
+    model, images, labels = model_and_images(module)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")
+    for share, n in ((0.75, 5), (0.01, 20), (0.99, 1)):
+        kept_images, kept_labels = module.without_easy(model, images, labels, share)
+        hardest = losses.argsort(descending=True)[:n]
+        assert torch.equal(kept_images, images[hardest]) and torch.equal(kept_labels, labels[hardest])
+
+
+def test_adversarial_images_raise_the_loss(module):
+    model, images, labels = model_and_images(module)
     adversarial = module.adversarial(model, images, labels, 0.01)
     change = adversarial - images / 255
     torch.testing.assert_close(change.abs(), torch.full_like(change, 0.01))
@@ -225,6 +239,10 @@ def test_augmentation_is_random_per_image_and_repeatable():
     torch.testing.assert_close(script.augment(images, still, torch.Generator()), images, rtol=0, atol=1)
     ink = script.augment(images, config, torch.Generator()).double().sum() / images.double().sum()
     assert 0.85 < ink < 1.15
+    sized = script.augment(one_image, script.replace(still, scaling=0.17), torch.Generator()).view(-1, 28, 28).double()
+    sized, square = sized / sized.sum((1, 2), keepdim=True), (torch.arange(28.0).double() - 13.5).square()
+    spread = torch.stack([sized.sum(axis) @ square for axis in (1, 2)])
+    assert abs(torch.corrcoef(spread)[0, 1]) < 0.5 and (spread.std(1) > 0.1 * spread.mean(1)).all()  # width, height
     shifted = script.augment(images, script.replace(still, translation=1.5), torch.Generator()).double()
     assert shifted.square().sum() / images.double().square().sum() > 0.94  # 0.97; bilinear interpolation blurs to 0.90
 
