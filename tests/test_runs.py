@@ -115,6 +115,14 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
+def test_training_leaves_out_the_easy_share(script, main, tmp_path):
+    flags = [*TINY[script], *SHORT, "--learning_rate", "1e-9"]  # the losses are those of the first weights
+    for share in ("0", "0.75"):
+        main(script, *flags, "--easy_share", share, "--out_dir", share)
+    for all_images, hardest in zip(rows(tmp_path / "0"), rows(tmp_path / "0.75"), strict=True):
+        assert float(hardest["train_loss"]) > float(all_images["train_loss"]) + 0.05
+
+
 def test_resume_with_another_number_of_processes(run, main, start, tmp_path):
     flags = [*TINY["mini_vit"], *LONG, "--dropout", "0"]
     main("mini_vit", *flags, "--out_dir", "whole")
