@@ -59,6 +59,16 @@ def test_shared_hyperparameters_keep_name_type_and_order(other):
     assert [name for name in names(other) if name in names("mini_vit")] == names("mini_vit")
 
 
+def random_model(module, **changes) -> torch.nn.Module:
+    """Return a small Transformer, all of whose weights are random: of a new one's, some are 0 or 1."""
+    embd = 800 if module.__name__ == "mini_vit_concat" else 56
+    shape = {"n_layers": 1, "n_head": 4, "d_head": embd // 4, "n_embd": embd}
+    model = module.Transformer(module.Config(**shape | {"precision": "float32"} | changes)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
 def test_no_script_imports_another(script):
     imports = definitions(script)["imports"]
     assert not re.search("mini_vit|reference|conftest", imports)
@@ -81,8 +91,7 @@ def test_other_widths_get_a_linear_layer_first():
 def test_concat_gives_every_block_the_image():
     import mini_vit_concat
 
-    config = mini_vit_concat.Config(n_layers=3, n_head=8, d_head=100, n_embd=800)
-    model, images = mini_vit_concat.Transformer(config).eval(), torch.rand(4, 784)
+    model, images = random_model(mini_vit_concat, n_layers=3), torch.rand(4, 784)
     inputs, outputs = [], []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -106,11 +115,8 @@ def test_depth_grows_from_one_block_to_all(module):
 
 def test_blocks_not_in_use_change_nothing(module):
     """A model at depth 1 is the model of one block."""
-    embd = 800 if module.__name__ == "mini_vit_concat" else 784
-    shape = {"n_head": 8, "d_head": embd // 8, "n_embd": embd, "precision": "float32"}
     images = torch.rand(50, 784)
-    deep = module.Transformer(module.Config(n_layers=3, **shape)).eval()
-    one = module.Transformer(module.Config(n_layers=1, **shape)).eval()
+    deep, one = random_model(module, n_layers=3), random_model(module)
     one.load_state_dict({name: deep.state_dict()[name] for name in one.state_dict()})
     deep.depth = 1
     torch.testing.assert_close(deep(images), one(images), rtol=0, atol=0)
@@ -127,9 +133,7 @@ def test_a_new_block_of_concat_passes_on_what_it_gets():
 
 
 def test_uint8_images_are_pixels_from_0_to_1(module):
-    embd = 800 if module.__name__ == "mini_vit_concat" else 784
-    config = module.Config(n_layers=1, n_head=8, d_head=embd // 8, n_embd=embd)
-    model, images = module.Transformer(config).eval(), torch.randint(0, 256, (3, 784), dtype=torch.uint8)
+    model, images = random_model(module), torch.randint(0, 256, (3, 784), dtype=torch.uint8)
     torch.testing.assert_close(model(images), model(images.float() / 255))
 
 
@@ -174,9 +178,7 @@ def test_a_copy_alone_in_a_folder_runs(script, run, tmp_path):
 
 
 def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
-    embd = 800 if module.__name__ == "mini_vit_concat" else 56
-    config = module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd, dropout=0.5)
-    model = module.Transformer(config)
+    model = random_model(module, dropout=0.5)
     images, labels = torch.randint(0, 256, (103, 784), dtype=torch.uint8), torch.randint(0, 10, (103,))
     loss, probabilities = module.evaluate(model, images, labels, 103)
     assert probabilities.shape == (103, 10) and model.training
@@ -187,9 +189,8 @@ def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
 
 
 def model_and_images(module) -> tuple:
-    embd = 800 if module.__name__ == "mini_vit_concat" else 56
-    model = module.Transformer(module.Config(n_layers=1, n_head=4, d_head=embd // 4, n_embd=embd, dropout=0)).eval()
-    return model, torch.randint(0, 256, (20, 784), dtype=torch.uint8), torch.randint(0, 10, (20,))
+    images, labels = torch.randint(0, 256, (20, 784), dtype=torch.uint8), torch.randint(0, 10, (20,))
+    return random_model(module, dropout=0.0), images, labels
 
 
 def test_the_easy_share_of_a_batch_is_left_out(module):
