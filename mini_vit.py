@@ -86,7 +86,7 @@ class Config:
         """Raise ValueError, one line, for a value out of range."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is not str and not (0 <= value < math.inf and (value or f.name not in POSITIVE)):
+            if f.type is not str and not (0 <= value < 2**63 and (value or f.name not in POSITIVE)):
                 raise ValueError(f"{f.name} can't be {value}")
             if f.name in BELOW_ONE and value >= 1:
                 raise ValueError(f"{f.name} must be below 1, not {value}")
@@ -371,7 +371,7 @@ def learning_rate_at(step: int, config: Config) -> float:
     """Return the learning rate of a step: linear warmup, then cosine decay to 0 at the last step, max_iters."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
-    progress = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)
+    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 

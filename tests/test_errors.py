@@ -32,6 +32,7 @@ def one_line(result, *words):
         (["--learning_rate", "nan"], "learning_rate"),
         (["--learning_rate", "-1"], "learning_rate"),
         (["--grad_clip", "0"], "grad_clip"),
+        (["--seed", str(2**63)], "seed"),
         (["--dropout", "1"], "dropout"),
         (["--easy_share", "1"], "easy_share"),
         (["--precision", "float8"], "precision"),

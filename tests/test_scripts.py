@@ -104,6 +104,20 @@ def test_concat_gives_every_block_the_image():
     torch.testing.assert_close(logits, model.head(model.ln(expected[-1])))
 
 
+@pytest.mark.parametrize("warmup_iters", [0, 20, 100, 200])
+def test_learning_rate_warms_up_and_decays(module, warmup_iters):
+    """Also where nothing is left to decay: a run as short as its warmup, or shorter."""
+    config = module.Config(learning_rate=1.0, max_iters=100, warmup_iters=warmup_iters)
+    rates = [module.learning_rate_at(step, config) for step in range(1, 101)]
+    warmup, decay = rates[:warmup_iters], rates[warmup_iters:]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert warmup == sorted(warmup) and decay == sorted(decay, reverse=True)
+    if warmup_iters < 100:
+        assert max(rates) > 0.999 and rates[-1] == 0
+    if warmup_iters == 20:  # the middle of the cosine
+        assert rates[59] == pytest.approx(0.5)
+
+
 def test_depth_grows_from_one_block_to_all(module):
     config = module.Config(n_layers=4, max_iters=100, growth=2.0)
     depths = [module.depth_at(step, config) for step in range(1, 101)]
