@@ -132,7 +132,7 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 shutil.copy(archive, copy)
             train, test = (datasets.MNIST(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError, EOFError) as error:
-        fail(f"can't load MNIST from {raw} ({str(error).splitlines()[0]} ...); restore the four archives")
+        fail(f"can't load MNIST from {raw} ({str(error).splitlines()[0]} ...); restore the archives or set --data_dir")
     sets = [(s.data.flatten(1)[: config.subset or None], s.targets[: config.subset or None]) for s in (train, test)]
     if config.holdout:
         if config.holdout >= len(sets[0][0]):
