@@ -6,7 +6,8 @@
 
 The question: does the image itself, given to each block anew, help? The embedding is twice as wide for it. It came to
 98.74 and 98.78 % on the test set (seeds 1 and 2), after 5 passes and 31 to 33 minutes on two cores of an AMD EPYC
-(bfloat16, torch 2.15.0), trained on adversarial images.
+(bfloat16, torch 2.15.0), trained on adversarial images. mini_vit.py, made as wide, came to 98.81 % in as many steps
+(seed 1). So the answer, from three runs, is no.
 """
 
 import argparse
