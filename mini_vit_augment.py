@@ -91,7 +91,7 @@ class Config:
     holdout: int = 0  # test on so many last training images, kept out of training, not on the test set
 
     def __post_init__(self):
-        """Raise ValueError, one line, for a value out of range."""
+        """Raise ValueError, one line, for a value out of range; torch's integers end at 2**63."""
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is not str and not (0 <= value < 2**63 and (value or f.name not in POSITIVE)):
