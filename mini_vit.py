@@ -46,6 +46,7 @@ LOG_LINE = (
     "step {iter}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {test_accuracy:.2%}, "
     "{images_per_second:.0f} images/s, {seconds:.0f} s"
 )
+BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
 SAVE_SECONDS = 300  # most seconds that a crash may cost
 # What --resume, --eval and --classify may change of a saved run.
@@ -455,7 +456,9 @@ def train(config: Config, state: dict) -> None:
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
-    bar = tqdm(total=config.max_iters, initial=start, disable=None if rank == 0 else True)  # a terminal only
+    depths = [max(state.get("depth", 1), depth_at(step, config)) for step in range(1, config.max_iters + 1)]
+    # The bar, in a terminal only, counts blocks, not steps: so the time left is right although steps get slower.
+    bar = tqdm(total=sum(depths), initial=sum(depths[:start]), disable=None if rank == 0 else True, bar_format=BAR)
     clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
     with closing(batches), bar:
         for step in range(start + 1, config.max_iters + 1):
@@ -463,7 +466,7 @@ def train(config: Config, state: dict) -> None:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            model.depth = max(state.get("depth", 1), depth_at(step, config))
+            model.depth = depths[step - 1]
             if config.easy_share:
                 images, labels = without_easy(model, images, labels, config.easy_share)
             if config.adversarial:
@@ -475,14 +478,15 @@ def train(config: Config, state: dict) -> None:
             optimizer.zero_grad()
             loss, stopped = agree(loss.detach(), stop, world)
             loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
-            bar.update()
+            bar.update(model.depth)
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
             logging = step % LOG_INTERVAL == 0 or evaluating or stopped
             if logging:  # reading the loss waits for the GPU: not every step
                 if not loss_sum.isfinite():
                     fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
                 speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
-                bar.set_postfix_str(f"loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s", refresh=False)
+                status = f"step {step}, loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s"
+                bar.set_postfix_str(status, refresh=False)
             if evaluating and rank == 0:
                 test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
                 accuracy = (probabilities.argmax(-1) == test_labels).float().mean().item()

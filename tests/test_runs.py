@@ -194,6 +194,13 @@ def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch):
     assert depths == {32: 2, 40: 2, 48: 2}  # depth_at would be 1 at step 32
 
 
+def test_a_bar_in_a_terminal_counts_blocks_also_of_a_longer_run(main, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for flags, steps in [([*TINY["mini_vit"], *SHORT], 24), (["--resume", "--max_iters", "48"], 48)]:
+        bar = main("mini_vit", *flags).stderr.split("\r")[-1]
+        assert bar.startswith("100%|") and f"step {steps}, loss" in bar
+
+
 def test_a_run_under_way_is_evaluated_with_the_blocks_it_has(main, tmp_path, monkeypatch):
     """The second block joins at the last step, 25; the model of step 24 is evaluated without it."""
     import mini_vit
