@@ -237,8 +237,8 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
 def score_factors(t: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Return a (B, n_head, i, 2) and b (B, n_head, 2, j), of which exp2(a @ b) is E_ij = exp(t_i k_j - max_j t_i k_j).
 
-    The largest score of row i is t_i times the largest k or, where t_i is negative, times the smallest: so one
-    of a row's two products is 0. The differences come first, which keeps large scores exact.
+    The largest score of row i is t_i times the largest k or, where t_i is negative, times the smallest. Each row of
+    a holds t_i in one of two columns and 0 in the other. The differences come first, so large scores stay exact.
     """
     t = t * math.log2(math.e)  # exp2 takes less time than exp on a CPU
     a = torch.stack([t.clamp(min=0), t.clamp(max=0)], -1)
