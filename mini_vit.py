@@ -26,9 +26,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -286,7 +287,7 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, Tensor]:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 1000) -> tuple[float, Tensor]:
     """Return the mean cross-entropy and the probabilities (N, 10), in eval mode, each of N images counted once."""
     model.eval()
     logits = torch.cat([model(part) for part in images.split(batch_size)])
@@ -362,6 +363,8 @@ def build(config: Config, device: torch.device, state: dict) -> tuple[Transforme
     if state:
         restore(model, state)
         optimizer.load_state_dict(state.pop("optimizer"))
+    for group in optimizer.param_groups:  # a CUDA graph reads the learning rate from the GPU's memory
+        group.update(lr=torch.zeros((), device=device), capturable=device.type == "cuda")
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         try:
             torch.compile(torch.sin)(torch.zeros(1, device=device))
@@ -369,7 +372,7 @@ def build(config: Config, device: torch.device, state: dict) -> tuple[Transforme
             print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
         else:  # block by block: they share their code, so the compiler works once, not n_layers times
             for block in model.blocks:
-                block.compile()
+                block.compile(dynamic=False)
     return model, optimizer
 
 
@@ -442,6 +445,45 @@ def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: floa
     return images[hard], labels[hard]
 
 
+def training_step(model, parallel, optimizer, config: Config, images: Tensor, labels: Tensor) -> Tensor:
+    """Train on one batch and return its loss: NaN if that or the gradient is not finite."""
+    if config.easy_share:
+        images, labels = without_easy(model, images, labels, config.easy_share)
+    if config.adversarial:
+        images = adversarial(model, images, labels, config.adversarial)
+    loss = F.cross_entropy(parallel(images), labels)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach() + 0 * norm
+
+
+class Recorded:
+    """Replays a training step as one CUDA graph: to launch its kernels one by one takes longer than to run them.
+
+    It is recorded anew for each depth, after three steps that run as usual, compile, and make AdamW's averages.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], model: Transformer):
+        self.step, self.model, self.depth, self.graph = step, model, 0, None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.depth != self.model.depth:
+            self.depth, self.graph, self.usual = self.model.depth, None, 3
+        if self.usual:
+            self.usual -= 1
+            return self.step(images, labels)
+        if not self.graph:
+            self.batch, self.graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory
+                self.loss = self.step(*self.batch)
+        for recorded, new in zip(self.batch, (images, labels), strict=True):
+            recorded.copy_(new)
+        self.graph.replay()
+        return self.loss
+
+
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -457,6 +499,9 @@ def train(config: Config, state: dict) -> None:
     parallel = model
     if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
+    step_on = partial(training_step, model, parallel, optimizer, config)
+    if device.type == "cuda" and world == 1:
+        step_on = Recorded(step_on, model)
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
@@ -469,19 +514,11 @@ def train(config: Config, state: dict) -> None:
             images, labels = next(batches)
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
+                group["lr"].fill_(rate := learning_rate_at(step, config))
             model.depth = depths[step - 1]
-            if config.easy_share:
-                images, labels = without_easy(model, images, labels, config.easy_share)
-            if config.adversarial:
-                images = adversarial(model, images, labels, config.adversarial)
-            loss = F.cross_entropy(parallel(images), labels)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            loss, stopped = agree(loss.detach(), stop, world)
-            loss_sum += loss + 0 * norm  # NaN from the first step on whose loss or gradient is not finite
+            loss = step_on(images, labels)
+            loss, stopped = agree(loss, stop, world)
+            loss_sum += loss
             bar.update(model.depth)
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
             logging = step % LOG_INTERVAL == 0 or evaluating or stopped
@@ -489,13 +526,13 @@ def train(config: Config, state: dict) -> None:
                 if not loss_sum.isfinite():
                     fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
                 speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
-                status = f"step {step}, loss {loss:.4f}, lr {group['lr']:.1e}, {speed:.0f} images/s"
+                status = f"step {step}, loss {loss:.4f}, lr {rate:.1e}, {speed:.0f} images/s"
                 bar.set_postfix_str(status, refresh=False)
             if evaluating and rank == 0:
-                test_loss, probabilities = evaluate(model, test_images, test_labels, config.batch_size)
+                test_loss, probabilities = evaluate(model, test_images, test_labels)
                 accuracy = (probabilities.argmax(-1) == test_labels).float().mean().item()
                 train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
-                row = step, group["lr"], train_loss, test_loss, accuracy, speed, time.perf_counter() - began
+                row = step, rate, train_loss, test_loss, accuracy, speed, time.perf_counter() - began
                 log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
                 bar.write(LOG_LINE.format(**log[-1]))
             if evaluating:
@@ -750,7 +787,7 @@ def use_model(mode: argparse.Namespace, given: dict) -> int:
     if mode.classify:
         return classify(model, mode.classify, device)
     *_, images, labels = load_mnist(config)
-    loss, probabilities = evaluate(model, images.to(device), labels.to(device), config.batch_size)
+    loss, probabilities = evaluate(model, images.to(device), labels.to(device))
     print(f"test loss: {loss:.4f}")
     right = probabilities.argmax(-1).cpu() == labels
     for digit in range(10):

@@ -6,6 +6,8 @@ from reference import HeadByHead, naive_attention, with_attention
 
 import mini_vit
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
 
 def weighted_sums(q, k, v, do, scale):
     """Return the gradients' sums taken over absolute values: what rounding errors are relative to."""
@@ -18,17 +20,19 @@ def weighted_sums(q, k, v, do, scale):
     return dq, dk, dv
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("largest_score", [0.0, 1e-3, 1.0, 15.0, 100.0, 1000.0])
 @pytest.mark.parametrize("d_head", [1, 2, 7, 56, 98])
-def test_output_and_gradients_match_float64(d_head, largest_score):
+def test_output_and_gradients_match_float64(d_head, largest_score, device):
     generator = torch.Generator().manual_seed(d_head)
-    q, k, v, do = torch.randn(4, 50, 3, d_head, generator=generator)
+    q, k, v, do = torch.randn(4, 50, 3, d_head, generator=generator).to(device)
     scale = 784**-0.5
     top = (q.abs().amax(-1) * k.abs().amax(-1)).amax()
     q = q * (largest_score / scale / top)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    out, expected = mini_vit.scalar_attention(*inputs, scale), naive_attention(*exact, scale)
+    attention = torch.compile(mini_vit.scalar_attention) if device == "cuda" else mini_vit.scalar_attention
+    out, expected = attention(*inputs, scale), naive_attention(*exact, scale)
     out.backward(do)
     expected.backward(do.double())
     p = (scale * exact[0].unsqueeze(-1) * exact[1].unsqueeze(-2)).softmax(-1)

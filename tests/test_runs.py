@@ -84,6 +84,20 @@ def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, tm
     resumed_like_whole("stopped")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_resuming_on_a_gpu_is_exact(script, module, main, tmp_path, monkeypatch):
+    """The steps before and after the stop are replayed from other CUDA graphs, or run one kernel after the other."""
+    flags = [*TINY[script], *LONG, "--device", "cuda", "--dropout", "0.1"]
+    main(script, *flags, "--out_dir", "whole")
+    calls = itertools.count(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "agree", lambda loss, *_: (loss, signal.SIGTERM if next(calls) == 47 else 0))
+        main(script, *flags, "--out_dir", "stopped", status=143)
+    main(script, "--resume", "--out_dir", "stopped")
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+
+
 def test_impatient_ctrl_c_stops_at_once_and_harms_nothing(start, tmp_path):
     flags = [*TINY["mini_vit_augment"], *SHORT, "--max_iters", "100000", "--eval_interval", "30"]
     process = start("mini_vit_augment", *flags, start_new_session=True)
