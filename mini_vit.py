@@ -50,6 +50,7 @@ LOG_LINE = (
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
 SAVE_SECONDS = 300  # most seconds that a crash may cost
+SAVE_SHARE = 0.1  # most of the time that saving and drawing may take; evaluations that come too soon go without
 # What --resume, --eval and --classify may change of a saved run.
 CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"
 
@@ -62,7 +63,7 @@ class Config:
 
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
     max_iters: int = 3000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 500  # optimizer steps from one evaluation, log line and checkpoint to the next
+    eval_interval: int = 500  # optimizer steps from one evaluation and log line to the next
     learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
@@ -508,7 +509,7 @@ def train(config: Config, state: dict) -> None:
     depths = [max(state.get("depth", 1), depth_at(step, config)) for step in range(1, config.max_iters + 1)]
     # The bar, in a terminal only, counts blocks, not steps: so the time left is right although steps get slower.
     bar = tqdm(total=sum(depths), initial=sum(depths[:start]), disable=None if rank == 0 else True, bar_format=BAR)
-    clock, clock_step, saved = time.perf_counter(), start, time.perf_counter()
+    clock, clock_step, saved, saving = time.perf_counter(), start, time.perf_counter(), 0.0
     with closing(batches), bar:
         for step in range(start + 1, config.max_iters + 1):
             images, labels = next(batches)
@@ -534,20 +535,25 @@ def train(config: Config, state: dict) -> None:
                 train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
                 row = step, rate, train_loss, test_loss, accuracy, speed, time.perf_counter() - began
                 log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
+                write_log(log, out / "log.csv")
                 bar.write(LOG_LINE.format(**log[-1]))
             if evaluating:
                 loss_sum.zero_()
-            if rank == 0 and (evaluating or stopped or (logging and time.perf_counter() - saved > SAVE_SECONDS)):
+            began_saving = time.perf_counter()
+            patience = saving / SAVE_SHARE if evaluating else SAVE_SECONDS
+            due = step == config.max_iters or stopped or (logging and began_saving - saved > patience)
+            if rank == 0 and due:
                 run = {"script": SCRIPT, "config": asdict(config), "iter": step}
                 run |= {"depth": model.depth, "model": model.state_dict()}
                 progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
                 save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
-                saved = time.perf_counter()
                 if evaluating:
                     save(run, out / "model.pt")
-                    write_log(log, out / "log.csv")
                     draw_report(model, log, test_images, test_labels, probabilities, out / "report.png")
-                    clock, clock_step = time.perf_counter(), step
+                saved = time.perf_counter()
+                saving = saved - began_saving
+            if evaluating:
+                clock, clock_step = time.perf_counter(), step
             if stopped and step < config.max_iters:
                 break
     if stopped and step < config.max_iters:

@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,11 @@ class Trainer:
         self.images = torch.rand(args.batch_size, 784, device=self.device)
         self.labels = torch.randint(0, 10, (args.batch_size,), device=self.device)
 
+    def warm_up(self) -> None:
+        for _ in range(5 if self.device.type == "cuda" else 1):  # on a GPU, the first steps compile and record
+            self.step()
+        self.evaluate()
+
     def step(self) -> float:
         """Train on one batch and return the milliseconds per image."""
         began = time.perf_counter()
@@ -67,9 +72,6 @@ class Trainer:
         began = time.perf_counter()
         self.script.evaluate(self.model, self.images, self.labels, len(self.images))
         return 1e3 * (time.perf_counter() - began) / len(self.images)
-
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
 
     def peak_memory(self) -> float:
         """Return the peak memory so far, in GB; on a CPU the process and its libraries are included."""
@@ -98,7 +100,7 @@ class Remote:
 
     def __init__(self, *args, **shape):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.pool.submit(Remote.create, args, shape).result()
+        self.created = self.pool.submit(Remote.create, args, shape)
 
     @staticmethod
     def create(args: tuple, shape: dict) -> None:
@@ -108,16 +110,20 @@ class Remote:
     def call(method: str) -> float | str:
         return getattr(Remote.trainer, method)()
 
+    def begin(self, method: str) -> Future:
+        return self.pool.submit(Remote.call, method)
+
     def __call__(self, method: str) -> float | str:
-        return self.pool.submit(Remote.call, method).result()
+        return self.begin(method).result()
 
 
 def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
     """Return what each variant is and takes: name, ms per image, GFLOP/s, peak GB, ms per image in evaluation."""
     trainers = {variant: Remote(model, variant, args, **shape) for variant in args.variants}
     for trainer in trainers.values():
-        for _ in range(5 if trainer("on_gpu") else 1):  # where the first ones compile and record
-            trainer("step")
+        trainer.created.result()
+    for warm in [trainer.begin("warm_up") for trainer in trainers.values()]:  # at the same time: compiling takes long
+        warm.result()
     turns = [{variant: trainer("step") for variant, trainer in trainers.items()} for _ in range(args.turns)]
     measured = {}
     for variant, trainer in trainers.items():

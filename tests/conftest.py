@@ -31,13 +31,17 @@ def module(script):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Run a script's main() in this process, in tmp_path, without the picture: main(script, *flags, status=0)."""
+    """Run a script's main() in this process, in tmp_path, without the picture: main(script, *flags, status=0).
+
+    Each evaluation is saved, unless save_share tells otherwise.
+    """
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def main(script, *flags, status=0):
+    def main(script, *flags, status=0, save_share=float("inf")):
         module = importlib.import_module(script)
         monkeypatch.setattr(module, "draw_report", lambda *args: None)
+        monkeypatch.setattr(module, "SAVE_SHARE", save_share)
         if "--data_dir" not in flags:
             flags += ("--data_dir", str(ROOT / "data"))
         capfd.readouterr()

@@ -254,6 +254,17 @@ def test_long_intervals_are_saved_in_between(main, monkeypatch):
     assert [step for step, _ in itertools.groupby(steps)] == [10, 20, 25]
 
 
+def test_saving_takes_little_of_the_time(main, monkeypatch, tmp_path):
+    """Evaluations that follow soon are logged, but only the first and the last are saved."""
+    import mini_vit
+
+    steps, original = [], mini_vit.save
+    monkeypatch.setattr(mini_vit, "save", lambda state, path: (steps.append(state["iter"]), original(state, path)))
+    main("mini_vit", *TINY["mini_vit"], *SHORT, save_share=1e-9)
+    assert [step for step, _ in itertools.groupby(steps)] == [8, 24]
+    assert [row["iter"] for row in rows(tmp_path / "runs" / "mini_vit")] == ["8", "16", "24"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_freed_memory_is_kept():
     """Blocks of 64 MB, taken and freed in turns, cost page faults before, and none after."""
