@@ -453,7 +453,7 @@ def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: floa
 
 
 def training_step(model, parallel, optimizer, config: Config, images: Tensor, labels: Tensor) -> Tensor:
-    """Train on one batch and return its loss: NaN if that or the gradient is not finite."""
+    """Train on one batch and return its loss, NaN if that or its gradient is not finite; parallel: the model or DDP."""
     if config.easy_share:
         images, labels = without_easy(model, images, labels, config.easy_share)
     if config.adversarial:

@@ -1,5 +1,6 @@
 """Runs that survive: resuming, signals, several processes."""
 
+import copy
 import csv
 import itertools
 import os
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,43 @@ def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, tm
     assert "--resume --out_dir stopped" in out.splitlines()[-1]
     assert err == ""
     resumed_like_whole("stopped")
+
+
+def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
+    """CUDA graphs, pretended: recording leaves no trace; a replay runs the step on what the recorded batch holds."""
+    import mini_vit
+
+    config = mini_vit.Config(n_layers=2, n_head=4, d_head=14, n_embd=56, dropout=0.0)
+    (model, optimizer), usual = (mini_vit.build(config, torch.device("cpu"), {}) for _ in range(2))
+    step = partial(mini_vit.training_step, model, model, optimizer, config)
+    usual_step = partial(mini_vit.training_step, usual[0], *usual, config)
+    recorded, replays = mini_vit.Recorded(step, model), []
+
+    @contextmanager
+    def record(*_, **__):
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        yield
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+
+    class Graph:
+        def __init__(self):
+            self.depth = model.depth
+
+        def replay(self):
+            recorded.loss.copy_(step(*recorded.batch))
+            replays.append(self.depth)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    for depth in [1] * 6 + [2] * 6:
+        images, labels = torch.randint(0, 256, (8, 784), dtype=torch.uint8), torch.randint(0, 10, (8,))
+        model.depth = usual[0].depth = depth
+        for group in optimizer.param_groups + usual[1].param_groups:
+            group["lr"].fill_(1e-3)
+        assert recorded(images, labels) == usual_step(images, labels)
+    assert replays == [1, 1, 1, 2, 2, 2]
+    assert_same(model.state_dict(), usual[0].state_dict())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
