@@ -8,7 +8,7 @@
 
 The question: how far does a network come that knows nothing of images? To 99.15 ± 0.04 % on the test set (seeds 1 to
 3), after 13 passes, trained on adversarial images. In bfloat16, that takes 35 seconds on an NVIDIA H100 (torch 2.11.0),
-or 21 minutes on two cores of an AMD EPYC (torch 2.15.0).
+or 22 minutes on two cores of an AMD EPYC (torch 2.15.0).
 """
 
 import argparse
