@@ -51,7 +51,7 @@ LOG_LINE = (
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
 SAVE_SECONDS = 300  # most seconds that a crash may cost
-SAVE_SHARE = 0.1  # most of the time that saving and drawing may take; evaluations that come too soon go without
+SAVE_SHARE = 0.1  # of the time, at most, for saving and drawing between the first and the last evaluation
 # What --resume, --eval and --classify may change of a saved run.
 CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"
 
@@ -196,7 +196,7 @@ class AugmentedBatches(Dataset):
     def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
         step, share = key
         generator = torch.Generator().manual_seed(hash((self.config.seed, step, self.rank)))
-        parts = self.images[share].split(256)  # so few stay in a core's cache: a third faster than 1024
+        parts = self.images[share].split(256)  # so few stay in a core's cache
         return torch.cat([augment(part, self.config, generator) for part in parts]), self.labels[share]
 
 
@@ -519,8 +519,18 @@ def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: floa
     return images[hard], labels[hard]
 
 
-def training_step(model, parallel, optimizer, config: Config, images: Tensor, labels: Tensor) -> Tensor:
-    """Train on one batch and return its loss, NaN if that or its gradient is not finite; parallel: the model or DDP."""
+def training_step(
+    model: Transformer,
+    parallel: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    images: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """Train on one batch and return its loss, NaN if that or its gradient is not finite.
+
+    parallel is the model itself or, with several processes, DistributedDataParallel around it.
+    """
     if config.easy_share:
         images, labels = without_easy(model, images, labels, config.easy_share)
     if config.adversarial:
@@ -613,7 +623,7 @@ def train(config: Config, state: dict) -> None:
             if evaluating:
                 loss_sum.zero_()
             began_saving = time.perf_counter()
-            patience = saving / SAVE_SHARE if evaluating else SAVE_SECONDS
+            patience = min(saving / SAVE_SHARE, SAVE_SECONDS) if evaluating else SAVE_SECONDS
             due = step == config.max_iters or stopped or (logging and began_saving - saved > patience)
             if rank == 0 and due:
                 run = {"script": SCRIPT, "config": asdict(config), "iter": step}
