@@ -47,7 +47,7 @@ LOG_LINE = (
     "{images_per_second:.0f} images/s, {seconds:.0f} s"
 )
 BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-LOG_INTERVAL = 10  # steps from one look at the loss to the next; each makes the CPU wait for the GPU
+LOG_INTERVAL = 10  # steps from one look at the loss to the next
 SAVE_SECONDS = 300  # most seconds that a crash may cost
 SAVE_SHARE = 0.1  # of the time, at most, for saving and drawing between the first and the last evaluation
 # What --resume, --eval and --classify may change of a saved run.
@@ -336,6 +336,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(0, device=name).device
+        torch.zeros(1, device=device).item()  # not every device that torch knows can be read
     except (RuntimeError, AssertionError) as error:
         fail(f"device {name} can't be used: {str(error).splitlines()[0]}")
     if config.batch_size % world:
@@ -538,13 +539,13 @@ def train(config: Config, state: dict) -> None:
             loss_sum += loss
             bar.update(model.depth)
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
-            logging = step % LOG_INTERVAL == 0 or evaluating or stopped
-            if logging:  # reading the loss waits for the GPU: not every step
-                if not loss_sum.isfinite():
-                    fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
-                speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
-                status = f"step {step}, loss {loss:.4f}, lr {rate:.1e}, {speed:.0f} images/s"
-                bar.set_postfix_str(status, refresh=False)
+            if step % LOG_INTERVAL and not evaluating and not stopped:
+                continue  # to look at the loss would make the CPU wait for the GPU
+            if not loss_sum.isfinite():
+                fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
+            speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
+            status = f"step {step}, loss {loss:.4f}, lr {rate:.1e}, {speed:.0f} images/s"
+            bar.set_postfix_str(status, refresh=False)
             if evaluating and rank == 0:
                 test_loss, probabilities = evaluate(model, test_images, test_labels)
                 accuracy = (probabilities.argmax(-1) == test_labels).float().mean().item()
@@ -557,7 +558,7 @@ def train(config: Config, state: dict) -> None:
                 loss_sum.zero_()
             began_saving = time.perf_counter()
             patience = min(saving / SAVE_SHARE, SAVE_SECONDS) if evaluating else SAVE_SECONDS
-            due = step == config.max_iters or stopped or (logging and began_saving - saved > patience)
+            due = step == config.max_iters or stopped or began_saving - saved > patience
             if rank == 0 and due:
                 run = {"script": SCRIPT, "config": asdict(config), "iter": step}
                 run |= {"depth": model.depth, "model": model.state_dict()}

@@ -68,8 +68,8 @@ def test_help_lists_every_field_with_comment_and_default(module, capsys):
         assert f"(default: {field.default})" in text
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "mps:7", "gpu"])
-def test_a_device_that_is_not_there(device, main):
+@pytest.mark.parametrize("device", ["cuda:99", "mps:7", "gpu", "meta"])
+def test_a_device_that_cannot_be_used(device, main):
     one_line(main("mini_vit", *RUN, "--device", device, status=1), device)
 
 
