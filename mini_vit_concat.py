@@ -70,7 +70,6 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.1  # after attention and after feed-forward, in every block
     adversarial: float = 0.1  # training images get each pixel changed by so much, to raise the loss; 0 is faster
-    easy_share: float = 0.0  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
@@ -102,7 +101,7 @@ class Config:
 
 
 POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
-BELOW_ONE = "beta2", "dropout", "easy_share"
+BELOW_ONE = "beta2", "dropout"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
 
@@ -442,17 +441,6 @@ def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float)
     return (pixels + size * gradient.sign()).detach()
 
 
-def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the batch without that share of it whose loss is smallest (ordered SGD: Kawaguchi and Lu 2020).
-
-    Most images soon teach nothing more, and looking at one takes a third of the time of training on it.
-    """
-    with torch.no_grad():
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-    hard = losses.topk(len(losses) - int(share * len(losses))).indices
-    return images[hard], labels[hard]
-
-
 def training_step(
     model: Transformer,
     parallel: nn.Module,
@@ -465,8 +453,6 @@ def training_step(
 
     parallel is the model itself or, with several processes, DistributedDataParallel around it.
     """
-    if config.easy_share:
-        images, labels = without_easy(model, images, labels, config.easy_share)
     if config.adversarial:
         images = adversarial(model, images, labels, config.adversarial)
     loss = F.cross_entropy(parallel(images), labels)

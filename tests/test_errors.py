@@ -34,7 +34,6 @@ def one_line(result, *words):
         (["--grad_clip", "0"], "grad_clip"),
         (["--seed", str(2**63)], "seed"),
         (["--dropout", "1"], "dropout"),
-        (["--easy_share", "1"], "easy_share"),
         (["--precision", "float8"], "precision"),
         (["--n_head", "3"], "n_embd"),
         (["--classify"], "--classify"),
@@ -50,7 +49,12 @@ def test_bad_flags(flags, word, main, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script, flags", [("mini_vit_concat", "--n_embd 784 --d_head 49"), ("mini_vit_augment", "--num_workers -1")]
+    "script, flags",
+    [
+        ("mini_vit_concat", "--n_embd 784 --d_head 49"),
+        ("mini_vit_augment", "--num_workers -1"),
+        ("mini_vit_augment", "--easy_share 1"),
+    ],
 )
 def test_bad_flags_of_the_other_scripts(script, flags, main):
     assert "error:" in main(script, *flags.split(), status=2).stderr.splitlines()[-1]
