@@ -71,7 +71,6 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     easy_share: float = 0.75  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.17  # augmentation: largest change of width and of height, as a share
@@ -499,16 +498,6 @@ def resume_command(config: Config, world: int) -> str:
     return f"{start} {shlex.quote(sys.argv[0])} --resume{place}"
 
 
-def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float) -> Tensor:
-    """Return pixels (B, 784) of uint8 images, each pixel changed by ± size, whichever raises the loss.
-
-    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
-    """
-    pixels = (images / 255).requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), labels), pixels)
-    return (pixels + size * gradient.sign()).detach()
-
-
 def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return the batch without that share of it whose loss is smallest (ordered SGD: Kawaguchi and Lu 2020).
 
@@ -534,8 +523,6 @@ def training_step(
     """
     if config.easy_share:
         images, labels = without_easy(model, images, labels, config.easy_share)
-    if config.adversarial:
-        images = adversarial(model, images, labels, config.adversarial)
     loss = F.cross_entropy(parallel(images), labels)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

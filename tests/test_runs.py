@@ -154,10 +154,11 @@ def test_impatient_ctrl_c_stops_at_once_and_harms_nothing(start, tmp_path):
 
 def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     flags = [*TINY[script], *SHORT, "--dropout", "0", "--seed", "3"]
-    # bfloat16 rounds sums over half a batch by other amounts; adversarial pixels whose gradient is all but 0 may flip
-    flags += ["--precision", "float32", "--adversarial", "0"]
+    flags += ["--precision", "float32"]  # bfloat16 rounds sums over half a batch by other amounts
     if script == "mini_vit_augment":  # each process augments its share by itself, and leaves out its easy images
         flags += "--easy_share 0 --rotation 0 --scaling 0 --shear 0 --translation 0 --elastic 0".split()
+    else:  # pixels whose gradient is all but 0 may flip
+        flags += ["--adversarial", "0"]
     main(script, *flags, "--out_dir", "one")
     result = run(script, *flags, "--out_dir", "two", processes=2)
     assert result.stdout.count("parameters:") == 1
@@ -168,12 +169,20 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
-def test_training_leaves_out_the_easy_share(main, tmp_path):
-    flags = [*TINY["mini_vit_augment"], *SHORT, "--learning_rate", "1e-9"]  # the losses are those of the first weights
-    for share in ("0", "0.75"):
-        main("mini_vit_augment", *flags, "--easy_share", share, "--out_dir", share)
-    for all_images, hardest in zip(rows(tmp_path / "0"), rows(tmp_path / "0.75"), strict=True):
-        assert float(hardest["train_loss"]) > float(all_images["train_loss"]) + 0.05
+@pytest.mark.parametrize(
+    "script, flag",
+    [
+        ("mini_vit", "--adversarial=0.1"),
+        ("mini_vit_concat", "--adversarial=0.1"),
+        ("mini_vit_augment", "--easy_share=0.75"),
+    ],
+)
+def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
+    flags = [*TINY[script], *SHORT, "--learning_rate", "1e-9"]  # the losses are those of the first weights
+    main(script, *flags, f"{flag.split('=')[0]}=0", "--out_dir", "all")
+    main(script, *flags, flag, "--out_dir", "hard")
+    for usual, hard in zip(rows(tmp_path / "all"), rows(tmp_path / "hard"), strict=True):
+        assert float(hard["train_loss"]) > float(usual["train_loss"]) + 0.05
 
 
 def test_resume_with_another_number_of_processes(run, main, start, tmp_path):
