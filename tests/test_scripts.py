@@ -17,6 +17,7 @@ MAY_DIFFER = {
     "mini_vit_concat": {"__doc__", "Config", "Transformer"},
     "mini_vit_augment": {"__doc__", "imports", "Config", "BELOW_ONE", "training_batches", "training_step"},
 }
+# Definitions and hyperparameters of mini_vit.py that an experiment does without.
 LEFT_OUT = {"mini_vit_concat": set(), "mini_vit_augment": {"adversarial"}}
 ADDED = {
     "mini_vit_concat": set(),
