@@ -71,6 +71,7 @@ class Config:
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
+    adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     easy_share: float = 0.75  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.17  # augmentation: largest change of width and of height, as a share
@@ -82,7 +83,8 @@ class Config:
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
-    growth: float = 12.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
+    first_layers: int = 4  # blocks in use at first
+    growth: float = 12.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -106,7 +108,8 @@ class Config:
             raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
 
 
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip".split()
+POSITIVE += "n_head d_head n_embd n_layers first_layers".split()
 BELOW_ONE = "beta2", "dropout", "easy_share"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
@@ -464,8 +467,8 @@ def depth_at(step: int, config: Config) -> int:
     A shallow network learns faster, per step and still more per second. A new block's output is small, as
     initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
     """
-    # A large growth makes the power 0, by underflow: hence the max.
-    return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
+    blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
+    return min(max(config.first_layers, blocks), config.n_layers)
 
 
 class StopSignal:
@@ -498,6 +501,16 @@ def resume_command(config: Config, world: int) -> str:
     return f"{start} {shlex.quote(sys.argv[0])} --resume{place}"
 
 
+def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float) -> Tensor:
+    """Return pixels (B, 784) of uint8 images, each pixel changed by ± size, whichever raises the loss.
+
+    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
+    """
+    pixels = (images / 255).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), labels), pixels)
+    return (pixels + size * gradient.sign()).detach()
+
+
 def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return the batch without that share of it whose loss is smallest (ordered SGD: Kawaguchi and Lu 2020).
 
@@ -523,6 +536,8 @@ def training_step(
     """
     if config.easy_share:
         images, labels = without_easy(model, images, labels, config.easy_share)
+    if config.adversarial:
+        images = adversarial(model, images, labels, config.adversarial)
     loss = F.cross_entropy(parallel(images), labels)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
