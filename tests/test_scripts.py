@@ -118,15 +118,11 @@ def test_learning_rate_warms_up_and_decays(module, warmup_iters):
         assert rates[59] == pytest.approx(0.5)
 
 
-def test_depth_grows_from_the_first_blocks_to_all(module):
-    config = module.Config(n_layers=4, max_iters=100, first_layers=1, growth=2.0)
+def test_depth_grows_from_one_block_to_all(module):
+    config = module.Config(n_layers=4, max_iters=100, growth=2.0)
     depths = [module.depth_at(step, config) for step in range(1, 101)]
     assert depths == sorted(depths)
     assert [depths.index(n) + 1 for n in (1, 2, 3, 4)] == [1, 51, 71, 87]  # the first steps past 100 sqrt((n - 1) / 4)
-    config.first_layers = 3
-    assert [module.depth_at(step, config) for step in range(1, 101)] == [max(3, depth) for depth in depths]
-    config.first_layers = 5
-    assert {module.depth_at(step, config) for step in range(1, 101)} == {4}
     at_once = module.Config(n_layers=4, max_iters=100, growth=0.0)
     assert {module.depth_at(step, at_once) for step in range(1, 101)} == {4}
 
