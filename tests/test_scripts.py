@@ -284,7 +284,14 @@ def test_augmented_batches_depend_on_seed_and_step_alone(num_workers, tmp_path):
     assert len(flat.unique(dim=0)) == 120  # every pass and every worker draws anew
 
 
-def test_precision_follows_the_device_or_the_flag(module):
+@pytest.fixture
+def default_precision():
+    """Have torch multiply as it does by default, again, once a test is done that may change it."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_precision_follows_the_device_or_the_flag(module, default_precision):
     device = torch.device("cpu")
     small = {"n_layers": 1, "n_head": 8, "d_head": 100, "n_embd": 800}
     made_for_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -293,3 +300,11 @@ def test_precision_follows_the_device_or_the_flag(module):
         assert model.mixed_precision == expected
         assert model(torch.rand(2, 784)).dtype == torch.float32  # logits and weights always are
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_float32_keeps_its_precision(module, default_precision):
+    """Also where a script has another library multiply."""
+    config = module.Config(n_layers=1, n_head=8, d_head=100, n_embd=800, precision="float32")
+    layer, x = module.new_model(config, torch.device("cpu")).blocks[0].ff[0], torch.randn(512, 800)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert (layer(x) - exact).norm() < 1e-5 * exact.norm()  # bfloat16: 3e-3
