@@ -412,7 +412,6 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is float32
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
@@ -425,7 +424,9 @@ def new_model(config: Config, device: torch.device) -> Transformer:
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     if config.precision == "auto":
         model.mixed_precision = device.type == "cuda" or cpu.get("avx512_bf16", False)
-    if not model.mixed_precision and cpu.get("avx512_bf16") and not cpu.get("amx_tile"):
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where precision is float32
+    elif not model.mixed_precision and cpu.get("avx512_bf16") and not cpu.get("amx_tile"):
         torch.set_float32_matmul_precision("medium")  # still float32 without AMX, but by oneDNN: faster than MKL on AMD
     return model
 
