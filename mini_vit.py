@@ -820,8 +820,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+    except (RuntimeError, MemoryError, ConnectionError) as error:  # the system kills a worker when memory runs out
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|DataLoader worker", str(error)):
             raise
         fail("out of memory: lower batch_size")
 

@@ -16,6 +16,7 @@ import ctypes
 import inspect
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -200,9 +201,13 @@ class AugmentedBatches(Dataset):
         return torch.cat([augment(part, self.config, generator) for part in parts]), self.labels[share]
 
 
-def ignore_signals(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the training process decides when to stop
-        signal.signal(number, signal.SIG_IGN)
+def ignore_signals(ended: ctypes.c_byte, worker: int) -> None:
+    """Have a worker ignore Ctrl-C and SIGTERM, as the training process decides when to stop, until training has ended.
+
+    Python, before it exits, sends SIGTERM to workers that are still there, and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.value and os._exit(0))
 
 
 def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
@@ -210,28 +215,32 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
     # Lists, not tensors: DataLoader's feeder thread would copy a tensor with OpenMP threads of its own. With more of
     # them than cores, libgomp lets all sleep between loops, and training on a CPU takes a quarter longer.
     shares = (indices[rank::world].tolist() for indices in shuffled_indices(len(images), config, start))
+    ended = multiprocessing.RawValue("b", 0)  # in memory that all workers share
     batches = DataLoader(
         AugmentedBatches(images, labels, config, rank),
         batch_size=None,  # the dataset makes whole batches
         sampler=zip(itertools.count(start), shares),
         num_workers=config.num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(ignore_signals, ended),
         prefetch_factor=4 if config.num_workers else None,
         pin_memory=device.type == "cuda",
     )
     batches, waited, clock = iter(batches), 0.0, time.perf_counter()
-    for step in range(start + 1, config.max_iters + 1):
-        waiting = time.perf_counter()
-        images, labels = next(batches)
-        waited += time.perf_counter() - waiting
-        if rank == 0 and step == start + 1:
-            with replacing(Path(config.out_dir, "augmented.png")) as path:
-                save_image(images[:64].view(-1, 1, 28, 28) / 255, path, format="png", nrow=16)
-        if rank == 0 and step % config.eval_interval == 0:
-            tqdm.write(f"waited for data: {waited / (time.perf_counter() - clock):.1%} of the time")
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if step % config.eval_interval == 0:  # the evaluation in between doesn't count
-            waited, clock = 0.0, time.perf_counter()
+    try:
+        for step in range(start + 1, config.max_iters + 1):
+            waiting = time.perf_counter()
+            images, labels = next(batches)
+            waited += time.perf_counter() - waiting
+            if rank == 0 and step == start + 1:
+                with replacing(Path(config.out_dir, "augmented.png")) as path:
+                    save_image(images[:64].view(-1, 1, 28, 28) / 255, path, format="png", nrow=16)
+            if rank == 0 and step % config.eval_interval == 0:
+                tqdm.write(f"waited for data: {waited / (time.perf_counter() - clock):.1%} of the time")
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if step % config.eval_interval == 0:  # the evaluation in between doesn't count
+                waited, clock = 0.0, time.perf_counter()
+    finally:
+        ended.value = 1
 
 
 # ---------------------------------------------------------------------------- model
@@ -907,8 +916,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+    except (RuntimeError, MemoryError, ConnectionError) as error:  # the system kills a worker when memory runs out
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|DataLoader worker", str(error)):
             raise
         fail("out of memory: lower batch_size")
 

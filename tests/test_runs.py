@@ -87,6 +87,19 @@ def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, tm
     resumed_like_whole("stopped")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's children")
+def test_a_run_ends_when_the_system_kills_a_worker(start, tmp_path):
+    """Python waits at its end for all workers; that error keeps the DataLoader from ending them."""
+    process = start("mini_vit_augment", *TINY["mini_vit_augment"], *SHORT, "--max_iters", "99999", "--num_workers", "2")
+    wait_for((tmp_path / "runs" / "mini_vit_augment" / "augmented.png").exists, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "mini_vit_augment.py: error: out of memory: lower batch_size"
+
+
 def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
     """CUDA graphs, pretended: recording leaves no trace; a replay runs the step on what the recorded batch holds."""
     import mini_vit
