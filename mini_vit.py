@@ -75,7 +75,8 @@ class Config:
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
-    growth: float = 4.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
+    first_layers: int = 1  # blocks in use at first
+    growth: float = 4.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -99,7 +100,8 @@ class Config:
             raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
 
 
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip".split()
+POSITIVE += "n_head d_head n_embd n_layers first_layers".split()
 BELOW_ONE = "beta2", "dropout"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
@@ -394,8 +396,8 @@ def depth_at(step: int, config: Config) -> int:
     A shallow network learns faster, per step and still more per second. A new block's output is small, as
     initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
     """
-    # A large growth makes the power 0, by underflow: hence the max.
-    return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
+    blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
+    return min(max(config.first_layers, blocks), config.n_layers)
 
 
 class StopSignal:

@@ -63,28 +63,29 @@ CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", 
 class Config:
     """Everything a run depends on; each line is also a flag of the same name."""
 
-    batch_size: int = 1024  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 22000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 1000  # optimizer steps from one evaluation and log line to the next
-    learning_rate: float = 5e-4  # peak of AdamW's; shallower models take more: 1e-3 at n_layers 2
+    batch_size: int = 4096  # images per optimizer step, over all processes; lower it when memory runs out
+    max_iters: int = 10000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 500  # optimizer steps from one evaluation and log line to the next
+    learning_rate: float = 1e-3  # peak of AdamW's; for all n_layers at once, 5e-4 is safer
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.3  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    adversarial: float = 0.0  # training images get each pixel changed by so much, to raise the loss; 0 is faster
+    adversarial: float = 0.03  # training images get each pixel changed by so much, to raise the loss; 0 is faster
     easy_share: float = 0.75  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
-    rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
-    scaling: float = 0.17  # augmentation: largest change of width and of height, as a share
-    shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
-    translation: float = 1.5  # augmentation: largest shift along each axis, in pixels
-    elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
+    rotation: float = 16.0  # augmentation: largest angle, in degrees, either way
+    scaling: float = 0.22  # augmentation: largest change of width and of height, as a share
+    shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
+    translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
+    elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
     num_workers: int = min(16, os.cpu_count() or 1)  # processes that make augmented batches; 0: the training process
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
-    growth: float = 12.0  # blocks in use: n_layers * (step / max_iters) ** growth, rounded up; 0 is all from the start
+    first_layers: int = 4  # blocks in use at first
+    growth: float = 24.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
@@ -108,7 +109,8 @@ class Config:
             raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
 
 
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip n_head d_head n_embd n_layers".split()
+POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip".split()
+POSITIVE += "n_head d_head n_embd n_layers first_layers".split()
 BELOW_ONE = "beta2", "dropout", "easy_share"
 CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
 
@@ -477,8 +479,8 @@ def depth_at(step: int, config: Config) -> int:
     A shallow network learns faster, per step and still more per second. A new block's output is small, as
     initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
     """
-    # A large growth makes the power 0, by underflow: hence the max.
-    return max(1, math.ceil(config.n_layers * (step / config.max_iters) ** config.growth))
+    blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
+    return min(max(config.first_layers, blocks), config.n_layers)
 
 
 class StopSignal:

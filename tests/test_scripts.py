@@ -118,11 +118,15 @@ def test_learning_rate_warms_up_and_decays(module, warmup_iters):
         assert rates[59] == pytest.approx(0.5)
 
 
-def test_depth_grows_from_one_block_to_all(module):
-    config = module.Config(n_layers=4, max_iters=100, growth=2.0)
+def test_depth_grows_from_the_first_blocks_to_all(module):
+    config = module.Config(n_layers=4, max_iters=100, first_layers=1, growth=2.0)
     depths = [module.depth_at(step, config) for step in range(1, 101)]
     assert depths == sorted(depths)
     assert [depths.index(n) + 1 for n in (1, 2, 3, 4)] == [1, 51, 71, 87]  # the first steps past 100 sqrt((n - 1) / 4)
+    config.first_layers = 3
+    assert [module.depth_at(step, config) for step in range(1, 101)] == [max(3, depth) for depth in depths]
+    config.first_layers = 5
+    assert {module.depth_at(step, config) for step in range(1, 101)} == {4}
     at_once = module.Config(n_layers=4, max_iters=100, growth=0.0)
     assert {module.depth_at(step, at_once) for step in range(1, 101)} == {4}
 
@@ -156,6 +160,8 @@ def test_smoke(script, run, tmp_path):
     shape = "--n_layers 2 --n_head 8 --d_head 98 --n_embd 784".split()
     if script == "mini_vit_concat":
         shape = [*TINY[script], "--adversarial", "0"]  # 16 features and 150 steps are too few for adversarial images
+    elif script == "mini_vit_augment":
+        shape += ["--easy_share", "0"]  # 150 steps are too few to learn the hardest images
     flags = "--subset 1500 --batch_size 50 --max_iters 150 --eval_interval 75 --warmup_iters 10 --learning_rate 5e-4"
     result = run(script, *shape, *flags.split(), "--device", "cpu", report=True)
     lines = result.stdout.splitlines()
