@@ -5,9 +5,9 @@
     python mini_vit_augment.py --resume        # go on after a stop; torchrun and all flags as in mini_vit.py
 
 The question: how far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing of
-images? To 99.63 and 99.56 % on the test set (seeds 1 and 2), after looking at 375 passes of them, training on the
-hardest quarter, in 118 minutes on two cores of an AMD EPYC (bfloat16, torch 2.15.0). Worker processes make them, so
-that training doesn't wait. out_dir/augmented.png shows some.
+images? To 99.66 ± 0.02 % on the test set (mean of seeds 1, 2 and 3), after looking at 683 passes of them and training
+on the hardest quarter, made adversarial, in 105 seconds on an NVIDIA H200 (bfloat16, torch 2.11.0, --num_workers 14).
+Worker processes make them, so that training doesn't wait. out_dir/augmented.png shows some.
 """
 
 import argparse
