@@ -6,9 +6,9 @@
     python mini_vit.py --resume                            # go on after a stop
     python mini_vit.py --classify photo.png                # the three likeliest digits
 
-The question: how far does a network come that knows nothing of images? To 99.15 ± 0.04 % on the test set (seeds 1 to
-3), after 13 passes, trained on adversarial images. In bfloat16, that takes 35 seconds on an NVIDIA H100 (torch 2.11.0),
-or 22 minutes on two cores of an AMD EPYC (torch 2.15.0).
+The question: how far does a network come that knows nothing of images? With 118,148,810 parameters, to 99.15 ± 0.04 %
+on the test set (seeds 1 to 3), after 13 passes, trained on adversarial images. In bfloat16, that takes 35 seconds on an
+NVIDIA H100 (torch 2.11.0), or 22 minutes on two cores of an AMD EPYC (torch 2.15.0). The original claims about 98.5 %.
 """
 
 import argparse
@@ -822,7 +822,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (RuntimeError, MemoryError, ConnectionError) as error:  # the system kills a worker when memory runs out
+    except (RuntimeError, MemoryError, ConnectionError) as error:  # the system may kill a worker, where there are any
         if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|DataLoader worker", str(error)):
             raise
         fail("out of memory: lower batch_size")
