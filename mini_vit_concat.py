@@ -167,29 +167,26 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
 # ---------------------------------------------------------------------------- model
 
 
-def score_factors(t: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a (B, n_head, i, 2) and b (B, n_head, 2, j), of which exp2(a @ b) is E_ij = exp(t_i k_j - max_j t_i k_j).
+def weighted_sums(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
+    """Return Σ_j E_ij c_j or, not over keys, Σ_i E_ij c_i of each c, (B, n_head, d_head).
 
-    The largest score of row i is t_i times the largest k or, where t_i is negative, times the smallest. Each row of
-    a holds t_i in one of two columns and 0 in the other. The differences come first, so large scores stay exact.
+    E_ij = exp(t_i k_j - max_j t_i k_j). The largest score of row i is t_i times the largest k or, where t_i is
+    negative, times the smallest. The differences from that k come first, so large scores stay exact.
     """
     t = t * math.log2(math.e)  # exp2 takes less time than exp on a CPU
-    a = torch.stack([t.clamp(min=0), t.clamp(max=0)], -1)
-    return a, torch.stack([k - k.amax(-1, keepdim=True), k - k.amin(-1, keepdim=True)], -2)
-
-
-def weighted_sums(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
-    """Return Σ_j E_ij c_j or, not over keys, Σ_i E_ij c_i of each c, (B, n_head, d_head); E: score_factors."""
-    if t.is_cuda:  # torch.compile fuses it all: E never reaches memory; as a @ b, TF32 would round it
-        a, b = score_factors(t, k)
-        weights = (a[..., :1] * b[..., :1, :] + a[..., 1:] * b[..., 1:, :]).exp2()
+    largest, smallest = k.amax(-1, keepdim=True), k.amin(-1, keepdim=True)
+    if t.is_cuda:  # torch.compile fuses it all: E never reaches memory
+        edge = torch.where(t > 0, largest, smallest)
+        weights = (t.unsqueeze(-1) * (k.unsqueeze(-2) - edge.unsqueeze(-1))).exp2()
         weights = weights if over_keys else weights.mT
         return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
+    rows = torch.stack([t.clamp(min=0), t.clamp(max=0)], -1)  # (B, n_head, i, 2): t_i in one column, 0 in the other
+    keys = torch.stack([k - largest, k - smallest], -2)  # (B, n_head, 2, j)
     columns = torch.stack(columns, -2)
     sums = torch.empty_like(columns)
     n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # so many images' exps stay in a CPU's cache
     with torch.autocast(t.device.type, enabled=False):
-        for a, b, c, out in zip(*(x.split(n_images) for x in (*score_factors(t, k), columns, sums)), strict=True):
+        for a, b, c, out in zip(*(x.split(n_images) for x in (rows, keys, columns, sums)), strict=True):
             weights = (a @ b).exp2_()
             out.copy_(c @ (weights.mT if over_keys else weights))  # 4 times as fast on a CPU as weights @ c
     return sums.unbind(-2)

@@ -57,14 +57,16 @@ def test_gradcheck(d_head):
     assert torch.autograd.gradcheck(lambda *x: mini_vit.scalar_attention(*x, 0.7), (q, k, v))
 
 
+@pytest.mark.parametrize("size", [1.0, 1000.0])
 @pytest.mark.parametrize("over_keys", [True, False])
-def test_sums_on_a_gpu_are_the_sums_on_a_cpu(over_keys):
+def test_sums_on_a_gpu_are_the_sums_on_a_cpu(over_keys, size):
     """CUDA takes another way through weighted_sums; tell it that this CPU tensor is on a GPU."""
 
     class OnGPU(torch.Tensor):
         is_cuda = True
 
     t, k, *columns = torch.randn(6, 3, 2, 7)
+    t *= size
     here = mini_vit.weighted_sums(t, k, columns, over_keys)
     there = mini_vit.weighted_sums(t.as_subclass(OnGPU), k, columns, over_keys)
     for a, b in zip(here, there, strict=True):
