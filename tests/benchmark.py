@@ -58,7 +58,7 @@ class Trainer:
         self.labels = torch.randint(0, 10, (args.batch_size,), device=self.device)
 
     def warm_up(self) -> None:
-        for _ in range(5 if self.device.type == "cuda" else 1):  # on a GPU, the first steps compile and record
+        for _ in range(5):  # the first steps get memory from the system and, on a GPU, compile and record
             self.step()
         self.evaluate()
 
