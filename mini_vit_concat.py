@@ -176,7 +176,7 @@ def weighted_sums(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) 
     t = t * math.log2(math.e)  # exp2 takes less time than exp on a CPU
     largest, smallest = k.amax(-1, keepdim=True), k.amin(-1, keepdim=True)
     if t.is_cuda:  # torch.compile fuses it all: E never reaches memory
-        edge = torch.where(t > 0, largest, smallest)
+        edge = torch.where(t > 0, largest, smallest)  # of each row: the k of its largest score
         weights = (t.unsqueeze(-1) * (k.unsqueeze(-2) - edge.unsqueeze(-1))).exp2()
         weights = weights if over_keys else weights.mT
         return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
