@@ -484,6 +484,25 @@ class Recorded:
         return self.loss
 
 
+def step_function(
+    model: Transformer, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, world: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return training_step as a function of images and labels: over all processes, or recorded if it's one GPU's."""
+    parallel = model
+    if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
+    step = partial(training_step, model, parallel, optimizer, config)
+    return Recorded(step, model) if device.type == "cuda" and world == 1 else step
+
+
+def describe(model: Transformer, device: torch.device, world: int) -> None:
+    """Print what trains: device, precision, number of processes and of parameters."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    precision = "bfloat16" if model.mixed_precision else "float32"
+    print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
+
+
 def train(config: Config, state: dict) -> None:
     """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
     device, rank, world = set_up(config)
@@ -492,16 +511,8 @@ def train(config: Config, state: dict) -> None:
     test_images, test_labels = (x.to(device) for x in test_set)
     model, optimizer = build(config, device, state)
     if rank == 0:
-        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        precision = "bfloat16" if model.mixed_precision else "float32"
-        print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
-        print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    parallel = model
-    if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
-    step_on = partial(training_step, model, parallel, optimizer, config)
-    if device.type == "cuda" and world == 1:
-        step_on = Recorded(step_on, model)
+        describe(model, device, world)
+    step_on = step_function(model, optimizer, config, device, world)
     start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
     loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
     batches = training_batches(train_images, train_labels, config, start, device, rank, world)
