@@ -583,7 +583,7 @@ class Recorded:
 def step_function(
     model: Transformer, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, world: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return training_step as a function of images and labels: over all processes, or recorded if it's one GPU's."""
+    """Return training_step as a function of images and labels, data-parallel or, on one GPU, recorded."""
     parallel = model
     if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)

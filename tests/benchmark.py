@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,11 +48,10 @@ class Trainer:
             self.script.Transformer = lambda config: with_attention(original(config), config, VARIANTS[variant])
         self.model, self.optimizer = self.script.build(self.config, self.device, {})
         self.script.Transformer = original
-        if variant == "reference":  # as torch multiplies by default
+        self.train = self.script.step_function(self.model, self.optimizer, self.config, self.device, world=1)
+        if variant == "reference":  # multiplies as torch does by default, and launches kernels one by one
             torch.set_float32_matmul_precision("highest")
-        self.train = partial(self.script.training_step, self.model, self.model, self.optimizer, self.config)
-        if self.device.type == "cuda" and variant != "reference":  # the original launches kernels one by one
-            self.train = self.script.Recorded(self.train, self.model)
+            self.train = self.train.step if self.device.type == "cuda" else self.train
         self.images = torch.rand(args.batch_size, 784, device=self.device)
         self.labels = torch.randint(0, 10, (args.batch_size,), device=self.device)
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,9 +105,9 @@ def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
 
     config = mini_vit.Config(n_layers=2, n_head=4, d_head=14, n_embd=56, dropout=0.0)
     (model, optimizer), usual = (mini_vit.build(config, torch.device("cpu"), {}) for _ in range(2))
-    step = partial(mini_vit.training_step, model, model, optimizer, config)
-    usual_step = partial(mini_vit.training_step, usual[0], *usual, config)
-    recorded, replays = mini_vit.Recorded(step, model), []
+    recorded = mini_vit.step_function(model, optimizer, config, torch.device("cuda"), world=1)
+    usual_step = mini_vit.step_function(*usual, config, torch.device("cpu"), world=1)
+    replays = []
 
     @contextmanager
     def record(*_, **__):
@@ -122,7 +121,7 @@ def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
             self.depth = model.depth
 
         def replay(self):
-            recorded.loss.copy_(step(*recorded.batch))
+            recorded.loss.copy_(recorded.step(*recorded.batch))
             replays.append(self.depth)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
