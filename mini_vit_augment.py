@@ -1,85 +1,63 @@
 """mini-ViT, augmented: the model of mini_vit.py, trained on images that are never the same twice.
 
-    python mini_vit_augment.py                 # train, on the GPU if there is one
-    diff mini_vit.py mini_vit_augment.py       # the experiment
-    python mini_vit_augment.py --resume        # go on after a stop; torchrun and all flags as in mini_vit.py
+    python mini_vit_augment.py             # train, on a GPU if there is one; flags and torchrun as in mini_vit.py
+    diff mini_vit.py mini_vit_augment.py   # the experiment
 
-The question: how far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing of
-images? With 118,148,810 parameters, to 99.66 ± 0.02 % on the test set (seeds 1 to 3), after looking at 683 passes of
-them and training on the hardest quarter, made adversarial: 105 seconds of training on an NVIDIA H200 (bfloat16, torch
-2.11.0, --num_workers 14). The original claims 99.3 %. Worker processes make the images; out_dir/augmented.png has some.
+How far do rotated, scaled, sheared, shifted and bent digits take a network that knows nothing about images? To
+99.66 ± 0.02 % on the test set (seeds 1 to 3), in 105 seconds of training on an NVIDIA H200 (bfloat16, torch 2.11.0,
+--num_workers 14). The original claims 99.3 %. Worker processes of a DataLoader make the images.
 """
 
 import argparse
-import csv
 import ctypes
-import inspect
-import itertools
+import gzip
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-LOG_COLUMNS = "iter", "learning_rate", "train_loss", "test_loss", "test_accuracy", "images_per_second", "seconds"
-LOG_LINE = (
-    "step {iter}: train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {test_accuracy:.2%}, "
-    "{images_per_second:.0f} images/s, {seconds:.0f} s"
-)
-BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-LOG_INTERVAL = 10  # steps from one look at the loss to the next
-SAVE_SECONDS = 300  # most seconds that a crash may cost
-SAVE_SHARE = 0.1  # of the time, at most, for saving and drawing between the first and the last evaluation
-# What --resume, --eval and --classify may change of a saved run.
-CHANGEABLE = "batch_size", "max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"
-
-# ---------------------------------------------------------------------------- hyperparameters
+SAVE_SECONDS = 300  # the most training time that a crash may cost
+SIGNALS = []  # the Ctrl-C or SIGTERM that training has got
+ERROR = f"{SCRIPT}.py: error:"  # how the last line of a run that failed begins
 
 
+# ---------------------------------------------------------------------------- hyperparameters: each is also a flag
 @dataclass
 class Config:
-    """Everything a run depends on; each line is also a flag of the same name."""
-
     batch_size: int = 4096  # images per optimizer step, over all processes; lower it when memory runs out
     max_iters: int = 10000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
-    eval_interval: int = 500  # optimizer steps from one evaluation and log line to the next
+    eval_interval: int = 500  # optimizer steps between two evaluations
     learning_rate: float = 1e-3  # peak of AdamW's; for all n_layers at once, 5e-4 is safer
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.3  # AdamW's, on matrices only
-    beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 since runs are short
+    beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 because runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    adversarial: float = 0.03  # training images get each pixel changed by so much, to raise the loss; 0 is faster
+    adversarial: float = 0.03  # how far each pixel of a training image is moved to raise the loss; 0 is faster
     easy_share: float = 0.75  # share of each batch, that with the smallest loss, not trained on; 0 trains on all
     rotation: float = 16.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.22  # augmentation: largest change of width and of height, as a share
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
-    num_workers: int = min(16, os.cpu_count() or 1)  # processes that make augmented batches; 0: the training process
+    num_workers: int = -1  # processes that make augmented batches; 0: the training process, -1: one per core, up to 16
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # features per head; each one is a token
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
@@ -88,86 +66,62 @@ class Config:
     growth: float = 24.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
-    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 on CUDA and AVX512-BF16 CPUs
+    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
-    data_dir: str = "data"  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # gets checkpoint.pt, model.pt, log.csv and report.png
+    data_dir: str = str(Path(__file__).with_name("data"))  # holds MNIST/raw/*.gz
+    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; if this default holds a run, the next free -2, -3, ...
     subset: int = 0  # train and test on the first so many images of each set; 0 is all
     holdout: int = 0  # test on so many last training images, kept out of training, not on the test set
 
     def __post_init__(self):
-        """Raise ValueError, one line, for a value out of range; torch's integers end at 2**63."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is not str and not (0 <= value < 2**63 and (value or f.name not in POSITIVE)):
-                raise ValueError(f"{f.name} can't be {value}")
-            if f.name in BELOW_ONE and value >= 1:
-                raise ValueError(f"{f.name} must be below 1, not {value}")
-            if f.name in CHOICES and value not in CHOICES[f.name]:
-                raise ValueError(f"{f.name} must be {' or '.join(CHOICES[f.name])}, not {value}")
-        if self.n_head * self.d_head != self.n_embd:
-            raise ValueError(f"n_head * d_head must be n_embd: {self.n_head} * {self.d_head} is not {self.n_embd}")
-
-
-POSITIVE = "batch_size max_iters eval_interval learning_rate grad_clip".split()
-POSITIVE += "n_head d_head n_embd n_layers first_layers".split()
-BELOW_ONE = "beta2", "dropout", "easy_share"
-CHOICES = {"precision": ("auto", "float32", "bfloat16"), "compile": ("auto", "on", "off")}
-
-
-def fail(message: str):
-    """End with one line on stderr and exit status 1."""
-    sys.stdout.flush()
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+        """Raise ValueError, one line that names the field, for a value that breaks a rule."""
+        may_be_0 = "warmup_iters weight_decay beta2 dropout adversarial growth seed subset holdout".split()
+        may_be_0 += "easy_share rotation scaling shear translation elastic num_workers".split()
+        choices = {
+            "precision": "auto float32 bfloat16",
+            "compile": "auto on off",
+            "n_embd": str(self.n_head * self.d_head),
+        }
+        for name, value in asdict(self).items():
+            if name in choices and str(value) not in choices[name].split():
+                raise ValueError(f"{name} must be {' or '.join(choices[name].split())}, not {value}")
+            low, below = -(name == "num_workers"), 1 if name in ("beta2", "dropout", "easy_share") else 2**63
+            if type(value) is not str and not (low <= value < below and (value or name in may_be_0)):
+                raise ValueError(f"{name} can't be {value}")
 
 
 # ---------------------------------------------------------------------------- data
-
-
-def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing.
-
-    torchvision checks the four archives' MD5 sums and unpacks them, here into a folder of its own each
-    time: so no run can see a file that another is still unpacking, or that somebody damaged since.
-    """
-    raw = Path(config.data_dir, "MNIST", "raw")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            (copy := Path(folder, "MNIST", "raw")).mkdir(parents=True)
-            for archive in raw.glob("*.gz"):
-                shutil.copy(archive, copy)
-            train, test = (datasets.MNIST(folder, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError, EOFError) as error:
-        fail(f"can't load MNIST from {raw} ({str(error).splitlines()[0]} ...); restore the archives or set --data_dir")
-    sets = [(s.data.flatten(1)[: config.subset or None], s.targets[: config.subset or None]) for s in (train, test)]
-    if config.holdout:
-        if config.holdout >= len(sets[0][0]):
-            fail(f"holdout {config.holdout} leaves none of the {len(sets[0][0])} training images")
-        sets = [[x[: -config.holdout] for x in sets[0]], [x[-config.holdout :] for x in sets[0]]]
-    return *sets[0], *sets[1]
+def load_mnist(config: Config) -> tuple[Tensor, ...]:
+    """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
+    sets = []
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        path = Path(config.data_dir, "MNIST", "raw", f"{name}-ubyte.gz").expanduser()
+        with explained(f"can't read {path}; restore the archive or set --data_dir"):  # gzip checks its CRC
+            content = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
+        data = content[16:].view(-1, 784) if "images" in name else content[8:].long()  # behind the header
+        sets.append(data[: config.subset or None])
+    n_training = len(sets[0]) - config.holdout
+    if n_training < 1:
+        sys.exit(f"{ERROR} holdout {config.holdout} leaves none of the {len(sets[0])} training images")
+    held_out = [x[n_training:] for x in sets[:2]] if config.holdout else sets[2:]
+    return *(x[:n_training] for x in sets[:2]), *held_out
 
 
 def shuffled_indices(n_images: int, config: Config, start: int) -> Iterator[Tensor]:
-    """Yield (batch_size,) indices per iteration, from iteration `start` on; each pass takes each image once.
-
-    The order depends on the seed and the iteration alone, so that a resumed run goes on where it stopped.
-    """
-    first_pass, skip = divmod(start * config.batch_size, n_images)
+    """Yield the indices (batch_size,) of each step after `start`, which depend on seed and step alone."""
+    n_pass, skip = divmod(start * config.batch_size, n_images)
     order = torch.empty(0, dtype=torch.long)
-    for n_pass in itertools.count(first_pass):
-        generator = torch.Generator().manual_seed(hash((config.seed, n_pass)))
-        order = torch.cat([order, torch.randperm(n_images, generator=generator)[skip:]])
-        skip = 0
-        while len(order) >= config.batch_size:
-            yield order[: config.batch_size]
-            order = order[config.batch_size :]
+    for _ in range(start, config.max_iters):
+        while len(order) < config.batch_size:  # each pass takes each image once
+            generator = torch.Generator().manual_seed(hash((config.seed, n_pass)))
+            order = torch.cat([order, torch.randperm(n_images, generator=generator)[skip:]])
+            n_pass, skip = n_pass + 1, 0
+        yield order[: config.batch_size]
+        order = order[config.batch_size :]
 
 
 def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return images (B, 784) uint8, each moved and bent by a random transform of its own.
-
-    A smooth displacement (elastic deformation: Simard et al. 2003) is spanned by 5 x 5 control points.
-    """
+    """Return images (B, 784) uint8, each moved, and bent (elastic deformation: Simard et al. 2003), at random."""
 
     def uniform(limit: float) -> Tensor:
         return limit * (2 * torch.rand(len(images), generator=generator) - 1)
@@ -180,7 +134,7 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     theta = torch.stack([x, y], 1)  # (B, 2, 3)
     affine = F.affine_grid(torch.eye(2, 3)[None], (1, 1, 28, 28), align_corners=False).view(784, 2)
     basis = torch.cat([F.pad(affine, (0, 1), value=1.0), ELASTIC_BASIS], -1)  # (784, 3 + 25)
-    bending = torch.randn(len(images), 2, 25, generator=generator) * config.elastic / 14
+    bending = torch.randn(len(images), 2, 25, generator=generator) * config.elastic / 14  # of 5 x 5 control points
     grid = torch.cat([theta, bending], -1) @ basis.T  # (B, 2, 784): where each pixel comes from
     grid = grid.mT.view(-1, 28, 28, 2)
     moved = F.grid_sample(images.view(-1, 1, 28, 28).float(), grid, "bicubic", align_corners=False)  # bilinear blurs
@@ -190,82 +144,87 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 ELASTIC_BASIS = F.interpolate(torch.eye(25).view(1, 25, 5, 5), size=(28, 28), mode="bicubic").view(25, 784).T
 
 
-class AugmentedBatches(Dataset):
-    """Makes this process's share of whole augmented batches, as tensors; a batch depends on seed and step alone."""
-
+class AugmentedBatches(Dataset):  # of which each depends on seed and step alone
     def __init__(self, images: Tensor, labels: Tensor, config: Config, rank: int):
         self.images, self.labels, self.config, self.rank = images, labels, config, rank
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple:
         step, share = key
         generator = torch.Generator().manual_seed(hash((self.config.seed, step, self.rank)))
         parts = self.images[share].split(256)  # so few stay in a core's cache
-        return torch.cat([augment(part, self.config, generator) for part in parts]), self.labels[share]
+        images = torch.cat([augment(part, self.config, generator) for part in parts])
+        return images.numpy(), self.labels[share].numpy()  # arrays go through a pipe: tensors would need /dev/shm
 
 
-def ignore_signals(ended: ctypes.c_byte, worker: int) -> None:
-    """Have a worker ignore Ctrl-C and SIGTERM, as the training process decides when to stop, until training has ended.
+def usable_cores() -> int:
+    """Return how many cores this process has to itself: within its affinity, its container and its torchrun."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # of a container; "max" is no number, and means no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    Python, before it exits, sends SIGTERM to workers that are still there, and waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.value and os._exit(0))
+
+def leave_group(worker: int) -> None:
+    """Put a worker out of reach of the terminal's Ctrl-C: the training process decides when to stop."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+def next_batch(batches: Iterator) -> tuple | None:
+    """Return the next batch, or None if a signal comes first; after a minute without either, end."""
+    for _ in range(60):
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if SIGNALS:
+                return None
+            if "DataLoader timed out" not in str(error):  # it does each second
+                raise
+    for worker in multiprocessing.active_children():
+        worker.kill()  # Python would wait for a stuck one
+    sys.exit(f"{ERROR} no batch came from the workers in a minute: try --num_workers 0")
 
 
 def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
-    """Yield this process's share, (images, labels) on the device, of each augmented batch from iteration `start` on."""
-    # Lists, not tensors: DataLoader's feeder thread would copy a tensor with OpenMP threads of its own. With more of
-    # them than cores, libgomp lets all sleep between loops, and training on a CPU takes a quarter longer.
+    """Yield this process's share, (images, labels) on the device, of the augmented batch of each step after `start`."""
+    # Lists, since DataLoader's thread would copy tensors with OpenMP threads of its own: a quarter slower on a CPU.
     shares = (indices[rank::world].tolist() for indices in shuffled_indices(len(images), config, start))
-    ended = multiprocessing.RawValue("b", 0)  # in memory that all workers share
-    batches = DataLoader(
-        AugmentedBatches(images, labels, config, rank),
-        batch_size=None,  # the dataset makes whole batches
-        sampler=zip(itertools.count(start), shares),
-        num_workers=config.num_workers,
-        worker_init_fn=partial(ignore_signals, ended),
-        prefetch_factor=4 if config.num_workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    batches, waited, clock = iter(batches), 0.0, time.perf_counter()
-    try:
-        for step in range(start + 1, config.max_iters + 1):
-            waiting = time.perf_counter()
-            images, labels = next(batches)
-            waited += time.perf_counter() - waiting
-            if rank == 0 and step == start + 1:
-                with replacing(Path(config.out_dir, "augmented.png")) as path:
-                    save_image(images[:64].view(-1, 1, 28, 28) / 255, path, format="png", nrow=16)
-            if rank == 0 and step % config.eval_interval == 0:
-                tqdm.write(f"waited for data: {waited / (time.perf_counter() - clock):.1%} of the time")
+    num_workers = min(16, usable_cores()) if config.num_workers < 0 else config.num_workers
+    with explained("lower num_workers, or raise ulimit -n", r"DataLoader worker \(pid|Connection|Too many open files"):
+        loader = DataLoader(
+            AugmentedBatches(images, labels, config, rank),
+            batch_size=None,  # the dataset makes whole batches
+            sampler=enumerate(shares, start),
+            num_workers=num_workers,
+            collate_fn=tuple,  # that is, leave them as they are
+            worker_init_fn=leave_group,
+            prefetch_factor=4 if num_workers else None,
+            timeout=1 if num_workers else 0,
+        )
+        batches = iter(loader)
+        if num_workers and hasattr(signal, "SIGCHLD"):  # DataLoader would raise an error at any place in the training
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in iter(lambda: next_batch(batches), None):
+            images, labels = (torch.from_numpy(x) for x in batch)
+            if device.type == "cuda":
+                images, labels = images.pin_memory(), labels.pin_memory()
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            if step % config.eval_interval == 0:  # the evaluation in between doesn't count
-                waited, clock = 0.0, time.perf_counter()
-    finally:
-        ended.value = 1
 
 
 # ---------------------------------------------------------------------------- model
-
-
 def weighted_sums(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
-    """Return Σ_j E_ij c_j or, not over keys, Σ_i E_ij c_i of each c, (B, n_head, d_head).
-
-    E_ij = exp(t_i k_j - max_j t_i k_j). The largest score of row i is t_i times the largest k or, where t_i is
-    negative, times the smallest. The differences from that k come first, so large scores stay exact.
-    """
+    """Return Σ_j E_ij c_j or, not over keys, Σ_i E_ij c_i of each c, (B, n_head, d_head). E_ij = exp(t_i k_j - max)."""
     t = t * math.log2(math.e)  # exp2 takes less time than exp on a CPU
-    largest, smallest = k.amax(-1, keepdim=True), k.amin(-1, keepdim=True)
+    largest, smallest = k.amax(-1, keepdim=True), k.amin(-1, keepdim=True)  # subtracted from k: large scores stay exact
     if t.is_cuda:  # torch.compile fuses it all: E never reaches memory
-        edge = torch.where(t > 0, largest, smallest)  # of each row: the k of its largest score
-        weights = (t.unsqueeze(-1) * (k.unsqueeze(-2) - edge.unsqueeze(-1))).exp2()
-        weights = weights if over_keys else weights.mT
-        return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
+        weights = (t.unsqueeze(-1) * (k.unsqueeze(-2) - torch.where(t > 0, largest, smallest).unsqueeze(-1))).exp2()
+        return [((weights if over_keys else weights.mT) * c.unsqueeze(-2)).sum(-1) for c in columns]
     rows = torch.stack([t.clamp(min=0), t.clamp(max=0)], -1)  # (B, n_head, i, 2): t_i in one column, 0 in the other
     keys = torch.stack([k - largest, k - smallest], -2)  # (B, n_head, 2, j)
     columns = torch.stack(columns, -2)
     sums = torch.empty_like(columns)
-    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # so many images' exps stay in a CPU's cache
+    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # as many as fit their E into a CPU's cache
     with torch.autocast(t.device.type, enabled=False):
         for a, b, c, out in zip(*(x.split(n_images) for x in (rows, keys, columns, sums)), strict=True):
             weights = (a @ b).exp2_()
@@ -276,9 +235,8 @@ def weighted_sums(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) 
 class RankOneAttention(torch.autograd.Function):
     """softmax_j(t_i k_j) v_j with O(d_head) memory per row: scores of width-1 tokens are an outer product.
 
-    With E_ij = exp(t_i k_j - max), n = Σ_j E_ij, P = E / n and o = Pv, the gradients are, with g = do / n,
-    dt = do · (P(v·k) - o · Pk), dv = Eᵀg and dk = v · Eᵀ(g·t) - Eᵀ(g·o·t). The backward pass computes E again,
-    the idea of FlashAttention (Dao et al. 2022, arXiv:2205.14135).
+    With n = Σ_j E_ij, P = E / n, o = Pv and g = do / n: dt = do · (P(v·k) - o · Pk), dv = Eᵀg and dk = v · Eᵀ(g·t) -
+    Eᵀ(g·o·t). The backward pass computes E again, as FlashAttention does (Dao et al. 2022, arXiv:2205.14135).
     """
 
     @staticmethod
@@ -297,10 +255,7 @@ class RankOneAttention(torch.autograd.Function):
 
 
 def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return softmax_j(scale q_i k_j) v_j, exact, for q, k, v of shape (B, n_head, d_head).
-
-    Each of a head's d_head features is a token of width 1.
-    """
+    """Return softmax_j(scale q_i k_j) v_j, exact, for q, k, v of shape (B, n_head, d_head)."""
     return RankOneAttention.apply(q * scale, k, v)
 
 
@@ -309,15 +264,11 @@ class MultiHead(nn.Module):
         super().__init__()
         self.n_head, self.scale = config.n_head, config.n_embd**-0.5
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).to(x.dtype)  # under autocast, scores and softmax stay in float32
-        return qkv.unflatten(-1, (3, self.n_head, -1)).unbind(1)  # q, k, v: (B, n_head, d_head) each
+        self.proj, self.dropout = nn.Linear(config.n_embd, config.n_embd), nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        return self.dropout(self.proj(scalar_attention(*self.heads(x), self.scale).flatten(1)))
+        qkv = self.qkv(x).to(x.dtype).unflatten(-1, (3, self.n_head, -1))  # float32 for scores, under autocast, too
+        return self.dropout(self.proj(scalar_attention(*qkv.unbind(1), self.scale).flatten(1)))
 
 
 class FeedForward(nn.Sequential):
@@ -338,16 +289,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    img_size = 28 * 28
-
     def __init__(self, config: Config):
         super().__init__()
-        self.mixed_precision = config.precision == "bfloat16"
-        self.embed = nn.Identity() if config.n_embd == self.img_size else nn.Linear(self.img_size, config.n_embd)
+        self.embed = nn.Identity() if config.n_embd == 784 else nn.Linear(784, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.depth = config.n_layers  # blocks in use: the first so many
-        self.ln = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, 10)
+        self.depth, self.precision = config.n_layers, config.precision  # blocks in use; type of matrix products
+        self.ln, self.head = nn.LayerNorm(config.n_embd), nn.Linear(config.n_embd, 10)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # what writes into the residual stream starts smaller, as in GPT-2
                 writes = name.endswith(("proj.weight", "ff.2.weight"))
@@ -358,7 +305,7 @@ class Transformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
         x = images / 255 if images.dtype == torch.uint8 else images
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             x = self.embed(x).to(x.dtype)  # under autocast, the residual stream stays float32
             for block in self.blocks[: self.depth]:
                 x = block(x)
@@ -366,570 +313,266 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------- evaluation
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 2000) -> tuple[float, Tensor]:
     """Return the mean cross-entropy and the probabilities (N, 10), in eval mode, each of N images counted once."""
-    model.eval()
-    logits = torch.cat([model(part) for part in images.split(batch_size)])
+    logits = torch.cat([model.eval()(part) for part in images.split(batch_size)])
     model.train()
     return F.cross_entropy(logits, labels).item(), logits.softmax(-1)
 
 
-def likeliest(probabilities: Tensor) -> str:
-    """Return the three likeliest digits of probabilities (10,) as text."""
-    values, digits = probabilities.topk(3)
-    return "   ".join(f"{d}: {100 * p:6.2f}%" for d, p in zip(digits.tolist(), values.tolist(), strict=True))
+def log_evaluation(model: Transformer, images: Tensor, labels: Tensor, state: dict, path: Path) -> Tensor:
+    """Evaluate, add a row to the log in `state`, print and write it, and return the probabilities (N, 10)."""
+    test_loss, probabilities = evaluate(model, images, labels)
+    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
+    steps, seconds = (state[name] - (state["log"][-1][name] if state["log"] else 0) for name in ("iter", "seconds"))
+    speed, train_loss = steps * state["config"]["batch_size"] / seconds, state["loss_sum"].item() / steps
+    row = {"iter": state["iter"], "learning_rate": state["learning_rate"], "train_loss": train_loss}
+    row |= {"test_loss": test_loss, "test_accuracy": accuracy, "images_per_second": speed, "seconds": state["seconds"]}
+    state["log"].append(row)
+    state["loss_sum"].zero_()
+    losses = f"train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2%}"
+    tqdm.write(f"step {state['iter']}: {losses}, {speed:.0f} images/s, {state['seconds']:.0f} s")
+    lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in state["log"]))]
+    try:
+        write(path, "".join(lines))
+    except SystemExit as error:  # a spreadsheet may have it open
+        tqdm.write(f"{error}; the next evaluation will try again")
+    return probabilities
 
 
-def print_results(probabilities: Tensor, labels: Tensor, seed: int) -> None:
-    """Print ten random test digits, each with its three likeliest labels, and at last the accuracy."""
-    for i in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:10].tolist():
-        print(f"test digit {i:5d} is a {labels[i]}, the model says   {likeliest(probabilities[i])}")
+def print_results(probabilities: Tensor, labels: Tensor, config: Config, out: Path) -> None:
+    """Print the three likeliest labels of ten random test digits, how to see more, and the accuracy."""
+    for i in torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))[:10].tolist():
+        likeliest = [f"{digit}: {p:7.2%}" for p, digit in zip(*probabilities[i].topk(3), strict=True)]
+        print(f"test digit {i:5d} is a {labels[i]}, the model says", *likeliest, sep="   ")
+    print(f"to see what it has learned: python look.py {shlex.quote(str(out))}")
     correct = int((probabilities.argmax(-1) == labels).sum())
-    print(f"accuracy: {100 * correct / len(labels):.2f}% ({correct} of {len(labels)})")
+    print(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
 
 
 # ---------------------------------------------------------------------------- training
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: getting it anew from the system costs page faults."""
-    if sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
-        glibc.mallopt(-4, 0)  # M_MMAP_MAX: also large blocks come from the heap
-        glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
 def set_up(config: Config) -> tuple[torch.device, int, int]:
-    """Return the device, this process's rank and the number of processes, joined if torchrun started several."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = config.device
+    """Return the device, this process's rank and the number of processes, joined if torchrun started them."""
+    name, rank, world = config.device, 0, 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.empty(0, device=name).device
-        torch.zeros(1, device=device).item()  # not every device that torch knows can be read
-    except (RuntimeError, AssertionError) as error:
-        fail(f"device {name} can't be used: {str(error).splitlines()[0]}")
+    if dist.is_torchelastic_launched():  # if not, RANK and WORLD_SIZE are a cluster's and mean nothing here
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name.startswith("cuda") else name
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else None  # print is silent then
+    with explained(f"device {name} can't be used"):
+        device = torch.tensor(torch.zeros(1, device=name).item(), device=name).device
     if config.batch_size % world:
-        fail(f"batch_size {config.batch_size} can't be split evenly over {world} processes")
-    if device.type == "cpu":
-        keep_freed_memory()
+        sys.exit(f"{ERROR} batch_size {config.batch_size} can't be split evenly over {world} processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    elif sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX, then M_TRIM_THRESHOLD: glibc keeps freed memory for the next step, since
+        glibc.mallopt(-1, -1)  # getting it anew from the system costs page faults
     return device, rank, world
 
 
-def new_model(config: Config, device: torch.device) -> Transformer:
-    """Return a Transformer with new weights on the device, in the precision that suits it."""
-    torch.manual_seed(config.seed)
-    model = Transformer(config).to(device)
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    if config.precision == "auto":
-        model.mixed_precision = device.type == "cuda" or cpu.get("avx512_bf16", False)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is float32
-    elif not model.mixed_precision and cpu.get("avx512_bf16") and not cpu.get("amx_tile"):
-        torch.set_float32_matmul_precision("medium")  # still float32 without AMX, but by oneDNN: faster than MKL on AMD
-    return model
-
-
-def build(config: Config, device: torch.device, state: dict) -> tuple[Transformer, torch.optim.AdamW]:
-    """Return model and optimizer, new ones or, if it isn't empty, those of the checkpoint `state`."""
-    model = new_model(config, device)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
-    if state:
-        restore(model, state)
-        optimizer.load_state_dict(state.pop("optimizer"))
-    for group in optimizer.param_groups:  # a CUDA graph reads the learning rate from the GPU's memory
-        group.update(lr=torch.zeros((), device=device), capturable=device.type == "cuda")
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        try:
-            torch.compile(torch.sin)(torch.zeros(1, device=device))
-        except RuntimeError as error:
-            print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
-        else:  # block by block: they share their code, so the compiler works once, not n_layers times
-            for block in model.blocks:
-                block.compile(dynamic=False)
-    return model, optimizer
-
-
-def learning_rate_at(step: int, config: Config) -> float:
-    """Return the learning rate of a step: linear warmup, then cosine decay to 0 at the last step, max_iters."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def depth_at(step: int, config: Config) -> int:
-    """Return how many blocks are in use at a step: few at first, all n_layers at the last step, max_iters.
-
-    A shallow network learns faster, per step and still more per second. A new block's output is small, as
-    initialized: so what the others have learned stays valid (cf. progressive stacking, Gong et al. 2019).
-    """
+def schedule(step: int, config: Config) -> tuple[float, int]:
+    """Return a step's learning rate (linear warmup, then cosine decay to 0 at max_iters) and its blocks in use."""
+    rate = config.learning_rate * (step + 1) / max(1, config.warmup_iters)
+    if step >= config.warmup_iters:
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
-    return min(max(config.first_layers, blocks), config.n_layers)
+    return rate, min(max(config.first_layers, blocks), config.n_layers)
 
 
-class StopSignal:
-    """Remembers the first Ctrl-C or SIGTERM, so that training stops between two steps; the second ends at once."""
+class Trainer:  # the model, its optimizer, and the step that trains it
+    def __init__(self, config: Config, device: torch.device, world: int, state: dict):
+        torch.manual_seed(config.seed)
+        self.config, self.model, cuda = config, Transformer(config).to(device), device.type == "cuda"
+        if config.precision == "auto":  # where the hardware is made for bfloat16: old GPUs only emulate it
+            on_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else on_cpu
+            self.model.precision = "bfloat16" if native else "float32"
+        torch.set_float32_matmul_precision("high" if cuda else "highest")  # high is TF32
+        matrices, others = ([p for p in self.model.parameters() if (p.dim() > 1) == is_so] for is_so in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        rate = torch.zeros((), device=device)  # in a tensor, which a CUDA graph reads at each replay
+        self.optimizer = torch.optim.AdamW(groups, rate, (0.9, config.beta2), fused=True, capturable=cuda)
+        if "model" in state:
+            with explained(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?"):
+                self.model.load_state_dict(state.pop("model"))
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state.pop("optimizer")})
+        if config.compile == "on" or (config.compile == "auto" and cuda):
+            try:
+                torch.compile(torch.sin)(torch.zeros(1, device=device))
+                for block in self.model.blocks:  # one by one: they share their code, so the compiler works once
+                    block.compile(dynamic=False)
+            except Exception as error:
+                print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
+        self.recorded, self.depth, self.parallel = cuda and world == 1, 0, self.model
+        if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+            warnings.filterwarnings("ignore", "find_unused_parameters")  # what DDP says once all blocks are in use
 
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        self.number = number
-
-
-def agree(loss: Tensor, stop: StopSignal, world: int) -> tuple[Tensor, int]:
-    """Return the loss averaged over all processes and the signal, or 0, that any of them got."""
-    if world == 1:
-        return loss, stop.number
-    number = torch.tensor(stop.number)  # on the CPU, so that reading it doesn't wait for the GPU
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    dist.all_reduce(loss)
-    return loss / world, int(number)
-
-
-def resume_command(config: Config, world: int) -> str:
-    """Return the command that goes on with this run."""
-    start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
-    place = "" if config.out_dir == Config.out_dir else f" --out_dir {shlex.quote(config.out_dir)}"
-    return f"{start} {shlex.quote(sys.argv[0])} --resume{place}"
-
-
-def adversarial(model: Transformer, images: Tensor, labels: Tensor, size: float) -> Tensor:
-    """Return pixels (B, 784) of uint8 images, each pixel changed by ± size, whichever raises the loss.
-
-    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
-    """
-    pixels = (images / 255).requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), labels), pixels)
-    return (pixels + size * gradient.sign()).detach()
-
-
-def without_easy(model: Transformer, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the batch without that share of it whose loss is smallest (ordered SGD: Kawaguchi and Lu 2020).
-
-    Most images soon teach nothing more, and looking at one takes a third of the time of training on it.
-    """
-    with torch.no_grad():
-        losses = F.cross_entropy(model(images), labels, reduction="none")
-    hard = losses.topk(len(losses) - int(share * len(losses))).indices
-    return images[hard], labels[hard]
-
-
-def training_step(
-    model: Transformer,
-    parallel: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    images: Tensor,
-    labels: Tensor,
-) -> Tensor:
-    """Train on one batch and return its loss, NaN if that or its gradient is not finite.
-
-    parallel is the model itself or, with several processes, DistributedDataParallel around it.
-    """
-    if config.easy_share:
-        images, labels = without_easy(model, images, labels, config.easy_share)
-    if config.adversarial:
-        images = adversarial(model, images, labels, config.adversarial)
-    loss = F.cross_entropy(parallel(images), labels)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach() + 0 * norm
-
-
-class Recorded:
-    """Replays a training step as one CUDA graph: to launch its kernels one by one takes longer than to run them.
-
-    It is recorded anew for each depth, after three steps that run as usual, compile, and make AdamW's averages.
-    """
-
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], model: Transformer):
-        self.step, self.model, self.depth, self.graph = step, model, 0, None
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.easy_share:  # most images soon teach nothing more (ordered SGD: Kawaguchi and Lu 2020)
+            with torch.no_grad():  # looking at one takes a third of the time of training on it
+                losses = F.cross_entropy(self.model(images), labels, reduction="none")
+            hard = losses.topk(len(losses) - int(self.config.easy_share * len(losses))).indices
+            images, labels = images[hard], labels[hard]
+        if self.config.adversarial:  # the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572)
+            pixels = (images / 255).requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(pixels), labels), pixels)
+            images = (pixels + self.config.adversarial * gradient.sign()).detach()
+        loss = F.cross_entropy(self.parallel(images), labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach() + 0 * norm
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.depth != self.model.depth:
-            self.depth, self.graph, self.usual = self.model.depth, None, 3
-        if self.usual:
-            self.usual -= 1
+            self.depth, self.calls, self.graph = self.model.depth, 0, None
+        self.calls += 1
+        if self.calls <= 3 or not self.recorded:  # three usual steps compile, and make AdamW's averages
             return self.step(images, labels)
         if not self.graph:
             self.batch, self.graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory
                 self.loss = self.step(*self.batch)
-        for recorded, new in zip(self.batch, (images, labels), strict=True):
-            recorded.copy_(new)
+        self.batch[0].copy_(images)
+        self.batch[1].copy_(labels)
         self.graph.replay()
         return self.loss
 
 
-def step_function(
-    model: Transformer, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, world: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return training_step as a function of images and labels, data-parallel or, on one GPU, recorded."""
-    parallel = model
-    if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.growth > 0)
-    step = partial(training_step, model, parallel, optimizer, config)
-    return Recorded(step, model) if device.type == "cuda" and world == 1 else step
-
-
-def describe(model: Transformer, device: torch.device, world: int) -> None:
-    """Print what trains: device, precision, number of processes and of parameters."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    precision = "bfloat16" if model.mixed_precision else "float32"
-    print(f"device: {device} ({kind}), {precision}" + f", {world} processes" * (world > 1))
-    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-
-
-def train(config: Config, state: dict) -> None:
-    """Train, from the checkpoint `state` on if it isn't empty, and write config.out_dir."""
+def train(config: Config, state: dict) -> int:
+    """Train from `state` on, a saved run's or {} for a new one, and print the results; return the exit status."""
     device, rank, world = set_up(config)
-    stop, out = StopSignal(), Path(config.out_dir)
     train_images, train_labels, *test_set = load_mnist(config)
-    test_images, test_labels = (x.to(device) for x in test_set)
-    model, optimizer = build(config, device, state)
-    if rank == 0:
-        describe(model, device, world)
-    step_on = step_function(model, optimizer, config, device, world)
-    start, log, began = state.get("iter", 0), state.get("log", []), time.perf_counter() - state.get("seconds", 0.0)
-    loss_sum = torch.tensor(state.get("loss_sum", 0.0), device=device)  # of the steps since the last evaluation
-    batches = training_batches(train_images, train_labels, config, start, device, rank, world)
-    depths = [max(state.get("depth", 1), depth_at(step, config)) for step in range(1, config.max_iters + 1)]
-    # The bar, in a terminal only, counts blocks, not steps: so the time left is right although steps get slower.
-    bar = tqdm(total=sum(depths), initial=sum(depths[:start]), disable=None if rank == 0 else True, bar_format=BAR)
-    clock, clock_step, saved, saving = time.perf_counter(), start, time.perf_counter(), 0.0
-    with closing(batches), bar:
-        for step in range(start + 1, config.max_iters + 1):
-            images, labels = next(batches)
+    trainer, out = Trainer(config, device, world, state), Path(config.out_dir) if state else None
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device: {device} ({kind}), {trainer.model.precision}" + f", {world} processes" * (world > 1))
+    print(f"parameters: {sum(p.numel() for p in trainer.model.parameters()):,}")
+    state = {"script": SCRIPT, "iter": 0, "depth": 1, "log": [], "seconds": 0.0, "loss_sum": torch.zeros(())} | state
+    state |= {"config": asdict(config), "model": trainer.model.state_dict(), "loss_sum": state["loss_sum"].to(device)}
+    batches = training_batches(train_images, train_labels, config, state["iter"], device, rank, world)
+    last_save, began = time.perf_counter(), time.perf_counter() - state["seconds"]
+    with tqdm(batches, initial=state["iter"], total=config.max_iters, disable=None if rank == 0 else True) as bar:
+        for step, (images, labels) in enumerate(bar, state["iter"] + 1):
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
-            for group in optimizer.param_groups:
-                group["lr"].fill_(rate := learning_rate_at(step, config))
-            model.depth = depths[step - 1]
-            loss = step_on(images, labels)
-            loss, stopped = agree(loss, stop, world)
-            loss_sum += loss
-            bar.update(model.depth)
+            rate, blocks = schedule(step, config)
+            trainer.optimizer.param_groups[0]["lr"].fill_(rate)  # the groups share it
+            trainer.model.depth = max(state["depth"], blocks)  # a run made longer keeps the blocks it has
+            loss, stopped = trainer(images, labels), torch.tensor(max(SIGNALS, default=0))
+            if world > 1:
+                dist.all_reduce(loss.div_(world))
+                dist.all_reduce(stopped, dist.ReduceOp.MAX)  # on the CPU: reading it doesn't wait for the GPU
+            state["loss_sum"] += loss
+            state |= {"iter": step, "learning_rate": rate, "depth": trainer.model.depth}
+            if rank == 0 and not out:  # only now: a start that fails leaves nothing behind
+                out = new_folder(config)
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
-            if step % LOG_INTERVAL and not evaluating and not stopped:
-                continue  # to look at the loss would make the CPU wait for the GPU
-            if not loss_sum.isfinite():
-                fail(f"the loss is not finite at step {step}: lower learning_rate; the last checkpoint is kept")
-            speed = (step - clock_step) * config.batch_size / (time.perf_counter() - clock)
-            status = f"step {step}, loss {loss:.4f}, lr {rate:.1e}, {speed:.0f} images/s"
-            bar.set_postfix_str(status, refresh=False)
+            if step % 10 and not evaluating and not stopped:
+                continue  # looking at the loss makes the CPU wait for the GPU
+            if not state["loss_sum"].isfinite():
+                sys.exit(f"{ERROR} the loss is not finite at step {step}: lower learning_rate; no checkpoint is harmed")
+            state["seconds"] = time.perf_counter() - began
+            bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
             if evaluating and rank == 0:
-                test_loss, probabilities = evaluate(model, test_images, test_labels)
-                accuracy = (probabilities.argmax(-1) == test_labels).float().mean().item()
-                train_loss = loss_sum.item() / (step - (log[-1]["iter"] if log else 0))
-                row = step, rate, train_loss, test_loss, accuracy, speed, time.perf_counter() - began
-                log.append(dict(zip(LOG_COLUMNS, row, strict=True)))
-                write_log(log, out / "log.csv")
-                bar.write(LOG_LINE.format(**log[-1]))
-            if evaluating:
-                loss_sum.zero_()
-            began_saving = time.perf_counter()
-            patience = min(saving / SAVE_SHARE, SAVE_SECONDS) if evaluating else SAVE_SECONDS
-            due = step == config.max_iters or stopped or began_saving - saved > patience
-            if rank == 0 and due:
-                run = {"script": SCRIPT, "config": asdict(config), "iter": step}
-                run |= {"depth": model.depth, "model": model.state_dict()}
-                progress = {"log": log, "loss_sum": loss_sum.item(), "seconds": time.perf_counter() - began}
-                save(run | progress | {"optimizer": optimizer.state_dict()}, out / "checkpoint.pt")
-                if evaluating:
-                    save(run, out / "model.pt")
-                    draw_report(model, log, test_images, test_labels, probabilities, out / "report.png")
-                saved = time.perf_counter()
-                saving = saved - began_saving
-            if evaluating:
-                clock, clock_step = time.perf_counter(), step
-            if stopped and step < config.max_iters:
+                probabilities = log_evaluation(trainer.model, *(x.to(device) for x in test_set), state, out / "log.csv")
+            if rank == 0 and time.perf_counter() - last_save > SAVE_SECONDS:
+                write(out / "checkpoint.pt", state | {"optimizer": trainer.optimizer.state_dict()["state"]})
+                last_save = time.perf_counter()
+            if stopped:
                 break
-    if stopped and step < config.max_iters:
-        if rank == 0:
-            print(f"stopped after step {step}; to go on: {resume_command(config, world)}")
-        sys.exit(128 + stopped)
-    if rank == 0:
-        print_results(probabilities.cpu(), test_labels.cpu(), config.seed)
-    if world > 1:
+    if rank == 0 and state["iter"] == config.max_iters:
+        write(out / "model.pt", state)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        print_results(probabilities.cpu(), test_set[1], config, out)
+    elif rank == 0:
+        write(out / "checkpoint.pt", state | {"optimizer": trainer.optimizer.state_dict()["state"]})
+        launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+        print(f"stopped; to go on: {launch} {shlex.quote(sys.argv[0])} --resume --out_dir {shlex.quote(str(out))}")
+    if dist.is_initialized():
         dist.destroy_process_group()
+    return 0 if state["iter"] == config.max_iters else 128 + max(SIGNALS, default=signal.SIGTERM)
 
 
-# ---------------------------------------------------------------------------- reporting
-
-
+# ---------------------------------------------------------------------------- files
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, then rename it: neither a reader nor a crash ever meets half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # its own: two runs may share the folder
+def explained(message: str, pattern: str = "") -> Iterator[None]:
+    """Turn an error whose text matches the pattern into one line: the message, and what the error says."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        fail(f"can't write {path} ({error.strerror}); what stood there before is unharmed")
+        yield
+    except Exception as error:
+        if not re.search(pattern, repr(error)):
+            raise
+        sys.exit(f"{ERROR} {message} ({str(error).partition(chr(10))[0] or type(error).__name__})")
 
 
-def save(state: dict, path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+def write(path: Path, content: dict | str) -> None:
+    """Write a state or a text so that neither a reader nor a crash ever meets half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with explained(f"can't write {path}"):
         try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch covers a full disk's OSError with an error of its own
-            raise error.__context__ or error from None
+            temporary.write_text(content, newline="\n") if isinstance(content, str) else torch.save(content, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def claim_folder(config: Config, mode: argparse.Namespace) -> None:
-    """Make out_dir and see that it can be written and that no other run is in it, unless that is wanted."""
-    out = Path(config.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if mode.overwrite:
-            for name in ("log.csv", "checkpoint.pt", "model.pt", "report.png"):
-                (out / name).unlink(missing_ok=True)
-        open(out / "log.csv", "a" if mode.resume else "x").close()
-    except OSError as error:
-        if isinstance(error, FileExistsError) and out.is_dir():
-            fail(f"{out} holds a run: go on with --resume, replace it with --overwrite, or choose another --out_dir")
-        fail(f"can't write into {out}: {error.strerror}")
+def new_folder(config: Config) -> Path:
+    """Make and return a new run's folder: out_dir or, where that default holds a run, the next free -2, -3, ..."""
+    for suffix in ["", *(f"-{n}" for n in range(2, 1000))]:
+        out = Path(config.out_dir + suffix).expanduser()
+        with explained(f"can't write into {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            if not (out / "log.csv").exists():
+                (out / "log.csv").touch(exist_ok=False)  # of two runs that start at once, one gets the folder
+                return out
+        if config.out_dir != Config.out_dir:
+            sys.exit(f"{ERROR} {out} holds a run: continue it with --resume, or choose another --out_dir")
+        print(f"{out} holds a run; trying the next")
 
 
-def load(folder: str, name: str) -> dict:
-    """Return a state that a run wrote into a folder."""
-    path = Path(folder, name)
-    try:
+def saved_run(given: dict) -> tuple[Config, dict]:
+    """Return config and state of the checkpoint in out_dir or, if none is given, of the run that was stopped last."""
+    out = Path(given.get("out_dir", Config.out_dir)).expanduser()
+    folders = [out] if "out_dir" in given else [out, *out.parent.glob(f"{out.name}-*")]
+    path = max((f / "checkpoint.pt" for f in folders), key=lambda path: path.exists() and path.stat().st_mtime)
+    with explained(f"{path} is missing, damaged, or not from this version of {SCRIPT}.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path} is not there: train first, or name the folder with --out_dir")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path} can't be read: it is damaged or no checkpoint ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("script") != SCRIPT:
-        fail(f"{path} is not from {SCRIPT}.py")
-    if state["config"].keys() != {f.name for f in fields(Config)}:
-        fail(f"{path} is from another version of {SCRIPT}.py: its Config has other fields")
-    return state
-
-
-def restore(model: Transformer, state: dict) -> None:
-    """Move a saved state's weights into the model, and use as many blocks as that run did."""
-    try:
-        model.load_state_dict(state.pop("model"))
-    except RuntimeError:
-        fail(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?")
-    model.depth = state["depth"]
-
-
-def write_log(log: list[dict], path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS)
-        writer.writeheader()
-        writer.writerows(log)
-
-
-def draw_report(model: Transformer, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, path: Path):
-    """Draw learning curves, confusion matrix, the most confident mistakes, and attention, into one picture."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"no {path.name}: matplotlib is not installed")
-    figure = Figure((12, 13), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4, 3, 5))
-    losses, accuracy, confusion = top.subplots(1, 3)
-
-    curve = {name: [row[name] for row in log] for name in LOG_COLUMNS}
-    losses.semilogy(curve["iter"], curve["train_loss"], "C0--o", label="training")
-    losses.semilogy(curve["iter"], curve["test_loss"], "C0-o", label="test")
-    losses.set(xlabel="step", title="cross-entropy")
-    losses.legend()
-    accuracy.plot(curve["iter"], [100 * x for x in curve["test_accuracy"]], "C1-o")
-    accuracy.set(xlabel="step", title=f"test accuracy: {curve['test_accuracy'][-1]:.2%}")
-    accuracy.set_ylabel("accuracy, %", color="C1")
-    rate = accuracy.twinx()
-    rate.plot(curve["iter"], curve["learning_rate"], "C2:")
-    rate.set_ylabel("learning rate", color="C2")
-
-    predicted = probabilities.argmax(-1)
-    counts = torch.zeros(10, 10, dtype=torch.long).index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), True)
-    confusion.imshow(counts.float().log1p(), cmap="Blues")
-    for i, j in itertools.product(range(10), range(10)):
-        if counts[i, j]:
-            color = "w" if i == j else "k"
-            confusion.text(j, i, counts[i, j].item(), ha="center", va="center", fontsize=8, color=color)
-    confusion.set(xlabel="predicted", ylabel="true", xticks=range(10), yticks=range(10), title="test digits, counted")
-
-    middle.suptitle("most confident mistakes: true → predicted")
-    wrong = (predicted != labels).nonzero().flatten()
-    wrong = wrong[probabilities[wrong].amax(-1).argsort(descending=True)]
-    for axes, i in itertools.zip_longest(middle.subplots(2, 10).flat, wrong[:20].tolist()):
-        axes.axis("off")
-        if i is not None:
-            axes.imshow(images[i].cpu().view(28, 28), cmap="gray")
-            axes.set_title(f"{labels[i]} → {predicted[i]}\n{probabilities[i].max():.1%}", fontsize=9)
-
-    bottom.suptitle("attention of one digit: each row is one feature (query), bright where it looks (keys)")
-    axes = bottom.subplots(2, 4)
-    axes[0, 0].imshow(images[0].cpu().view(28, 28), cmap="gray")
-    axes[0, 0].set_title("the digit")
-    for row, (place, block) in zip(axes, [("first", 0), ("last", model.depth - 1)], strict=True):
-        attention = attention_matrix(model, images[:1], block)
-        for head, ax in enumerate(row[1:]):
-            if head < len(attention):
-                ax.imshow(attention[head], cmap="viridis")
-                ax.set(title=f"{place} block, head {head + 1}", xlabel="key: feature j", ylabel="query: feature i")
-            else:
-                ax.axis("off")
-    axes[1, 0].axis("off")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=70)
-
-
-def attention_matrix(model: Transformer, images: Tensor, block: int) -> Tensor:
-    """Return the first image's attention weights, (n_head, d_head, d_head), in one block."""
-    attn, seen = model.blocks[block].attn, []
-    hook = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.compiler.set_stance("force_eager"):
-        evaluate(model, images, torch.zeros(len(images), dtype=torch.long, device=images.device), 1)
-    hook.remove()
-    with torch.no_grad():
-        q, k, _ = attn.heads(seen[0])
-        return (attn.scale * q[0, :, :, None] * k[0, :, None, :]).softmax(-1).cpu()
-
-
-def read_digit(path: str) -> Tensor:
-    """Return the digit of an image file in MNIST's form, (784,) uint8: light on dark, scaled into 20 x 20 pixels, and
-    its centre of mass in the middle of 28 x 28 (LeCun et al. 1998). Raise OSError or ValueError if there is none."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    image.thumbnail((800, 800))
-    image = image.convert("RGBA")
-    pixels = np.asarray(image, dtype=np.float32)
-    alpha, gray = pixels[..., 3] / 255, pixels[..., :3] @ np.float32([0.299, 0.587, 0.114])
-    paper = 0 if (gray * alpha).sum() > 127 * alpha.sum() else 255  # what is transparent contrasts with what is drawn
-    gray = gray * alpha + paper * (1 - alpha) if alpha.min() < 1 else gray
-    y, x = np.mgrid[-1 : 1 : len(gray) * 1j, -1 : 1 : gray.shape[1] * 1j].astype(np.float32)
-    plane, margin = np.stack([np.ones_like(x), x, y], -1), np.maximum(abs(x), abs(y)) == 1
-    light, *_ = np.linalg.lstsq(plane[margin], gray[margin])  # uneven light, as the image's edge tells it
-    ink = gray - plane @ light
-    ink = np.maximum(ink if (ink**3).sum() > 0 else -ink, 0)  # dark on light is inverted
-    ink[ink < 0.25 * ink.max()] = 0  # paper and noise
-    rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
-    if not len(rows):
-        raise ValueError("there is nothing in it")
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
-    ink = np.asarray(Image.fromarray(ink).resize(size[::-1], Image.Resampling.BILINEAR))
-    centre = [(ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(size)]
-    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
-    digit = np.zeros((28, 28), np.uint8)
-    digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()
-    return torch.from_numpy(digit).flatten()
-
-
-def classify(model: Transformer, paths: list[str], device: torch.device) -> int:
-    """Print the three likeliest digits of each image file; return the exit status, 1 if a file was no image."""
-    status = 0
-    for path in paths:
-        try:
-            digit = read_digit(path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            print(f"{SCRIPT}.py: error: {path}: {error}", file=sys.stderr)
-            status = 1
-            continue
-        with torch.no_grad():
-            print(f"{path}   {likeliest(model.eval()(digit[None].to(device)).softmax(-1)[0])}")
-    return status
+        config = Config(**state["config"] | given | {"out_dir": str(path.parent)})
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is from {state['script']}.py")
+    for name in given.keys() - "max_iters eval_interval device precision compile data_dir out_dir num_workers".split():
+        if given[name] != state["config"][name]:
+            sys.exit(f"{ERROR} --{name} can't change on --resume: {path} has {state['config'][name]}")
+    if state["iter"] >= config.max_iters:
+        sys.exit(f"{ERROR} {path} has {state['iter']} steps already: raise --max_iters")
+    return config, state
 
 
 # ---------------------------------------------------------------------------- main
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Return the mode (resume, overwrite, eval, classify) and those Config fields that the command line sets."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", action="store_true", help="go on from out_dir's checkpoint.pt, with its settings")
-    modes.add_argument("--overwrite", action="store_true", help="start anew even where out_dir holds a run")
-    modes.add_argument("--eval", action="store_true", help="evaluate out_dir's model.pt on the full test set")
-    text = "print the three likeliest digits of each image, of any size and colour; dark on light is inverted"
-    modes.add_argument("--classify", nargs="+", metavar="IMAGE", help=text)
+def main(argv: list[str] | None = None) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops training after the step, the second at once
+        signal.signal(number, lambda number, _: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
+    sys.stdout.reconfigure(line_buffering=True)  # each line is seen when it is printed, also in a file
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="continue the run in out_dir, or the one stopped last")
     for f in fields(Config):
         text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.type.__name__)
     given = vars(parser.parse_args(argv))
-    mode = argparse.Namespace(**{name: given.pop(name) for name in ("resume", "overwrite", "eval", "classify")})
+    resume = given.pop("resume")
     try:
-        Config(**given)
+        config = Config(**given)
     except ValueError as error:
         parser.error(str(error))
-    return mode, given
-
-
-def saved_config(state: dict, given: dict) -> Config:
-    """Return a saved run's Config, with those given fields that don't change what it is."""
-    config = Config(**state["config"] | {"out_dir": Config.out_dir})
-    for name, value in given.items():
-        if name not in CHANGEABLE and value != getattr(config, name):
-            fail(f"the saved run has {name} {getattr(config, name)}, not {value}: leave out --{name} or start anew")
-    return replace(config, **given)
-
-
-def use_model(mode: argparse.Namespace, given: dict) -> int:
-    """Evaluate or classify with a trained model.pt; return the exit status."""
-    state = load(given.get("out_dir", Config.out_dir), "model.pt")
-    config = replace(saved_config(state, given), subset=0, holdout=0)
-    device, *_ = set_up(config)
-    model = new_model(config, device)
-    restore(model, state)
-    if mode.classify:
-        return classify(model, mode.classify, device)
-    *_, images, labels = load_mnist(config)
-    loss, probabilities = evaluate(model, images.to(device), labels.to(device))
-    print(f"test loss: {loss:.4f}")
-    right = probabilities.argmax(-1).cpu() == labels
-    for digit in range(10):
-        print(f"accuracy of {digit}: {right[labels == digit].double().mean():.2%}")
-    print_results(probabilities.cpu(), labels, config.seed)
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    mode, given = parse(argv)
-    try:
-        if mode.eval or mode.classify:
-            return use_model(mode, given)
-        state, config = {}, Config(**given)
-        if mode.resume:
-            state = load(config.out_dir, "checkpoint.pt")
-            config = saved_config(state, given)
-            if state["iter"] >= config.max_iters:
-                fail(f"this run is finished ({state['iter']} steps): see --eval, or train longer with --max_iters")
-        if os.environ.get("RANK", "0") == "0":
-            claim_folder(config, mode)
-        train(config, state)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (RuntimeError, MemoryError, ConnectionError) as error:  # the system may kill a worker, where there are any
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory|DataLoader worker", str(error)):
-            raise
-        fail("out of memory: lower batch_size")
+    with explained("out of memory: lower batch_size", "MemoryError|(allocate|out of) memory"):
+        return train(*saved_run(given) if resume else (config, {}))
 
 
 if __name__ == "__main__":
