@@ -144,16 +144,22 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 ELASTIC_BASIS = F.interpolate(torch.eye(25).view(1, 25, 5, 5), size=(28, 28), mode="bicubic").view(25, 784).T
 
 
-class AugmentedBatches(Dataset):  # of which each depends on seed and step alone
-    def __init__(self, images: Tensor, labels: Tensor, config: Config, rank: int):
-        self.images, self.labels, self.config, self.rank = images, labels, config, rank
+class AugmentedBatches(Dataset):
+    """Makes this process's share of whole augmented batches, each of which depends on seed and step alone."""
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple:
+    def __init__(self, images: Tensor, labels: Tensor, config: Config, rank: int, world: int, n_slots: int):
+        self.images, self.labels, self.config, self.rank = images, labels, config, rank
+        share = n_slots, config.batch_size // world  # all the shared memory that workers use
+        self.slots = [torch.empty(*share, 784, dtype=torch.uint8), torch.empty(share, dtype=torch.long)]
+        self.slots = [slots.share_memory_() for slots in self.slots]
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> int:
         step, share = key
         generator = torch.Generator().manual_seed(hash((self.config.seed, step, self.rank)))
-        parts = self.images[share].split(256)  # so few stay in a core's cache
-        images = torch.cat([augment(part, self.config, generator) for part in parts])
-        return images.numpy(), self.labels[share].numpy()  # arrays go through a pipe: tensors would need /dev/shm
+        parts, slot = self.images[share].split(256), step % len(self.slots[0])  # 256 stay in a core's cache
+        self.slots[0][slot] = torch.cat([augment(part, self.config, generator) for part in parts])
+        self.slots[1][slot] = self.labels[share]
+        return slot
 
 
 def usable_cores() -> int:
@@ -166,24 +172,26 @@ def usable_cores() -> int:
 
 
 def leave_group(worker: int) -> None:
-    """Put a worker out of reach of the terminal's Ctrl-C: the training process decides when to stop."""
-    if hasattr(os, "setsid"):
+    """Put a worker out of reach of the terminal's Ctrl-C: the training process decides when to stop, and ends it."""
+    with suppress(AttributeError):  # not every system has these
         os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the training process
 
 
-def next_batch(batches: Iterator) -> tuple | None:
-    """Return the next batch, or None if a signal comes first; after a minute without either, end."""
+def next_batch(batches: Iterator) -> int | None:
+    """Return the next batch's slot, or None if a signal comes first; after a minute without either, end."""
     for _ in range(60):
         try:
             return next(batches)
         except RuntimeError as error:
             if SIGNALS:
-                return None
+                break
             if "DataLoader timed out" not in str(error):  # it does each second
                 raise
     for worker in multiprocessing.active_children():
         worker.kill()  # Python would wait for a stuck one
-    sys.exit(f"{ERROR} no batch came from the workers in a minute: try --num_workers 0")
+    if not SIGNALS:
+        sys.exit(f"{ERROR} no batch came from the workers in a minute: try --num_workers 0")
 
 
 def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
@@ -191,25 +199,18 @@ def training_batches(images: Tensor, labels: Tensor, config: Config, start: int,
     # Lists, since DataLoader's thread would copy tensors with OpenMP threads of its own: a quarter slower on a CPU.
     shares = (indices[rank::world].tolist() for indices in shuffled_indices(len(images), config, start))
     num_workers = min(16, usable_cores()) if config.num_workers < 0 else config.num_workers
-    with explained("lower num_workers, or raise ulimit -n", r"DataLoader worker \(pid|Connection|Too many open files"):
-        loader = DataLoader(
-            AugmentedBatches(images, labels, config, rank),
-            batch_size=None,  # the dataset makes whole batches
-            sampler=enumerate(shares, start),
-            num_workers=num_workers,
-            collate_fn=tuple,  # that is, leave them as they are
-            worker_init_fn=leave_group,
-            prefetch_factor=4 if num_workers else None,
-            timeout=1 if num_workers else 0,
-        )
+    workers = {"num_workers": num_workers, "worker_init_fn": leave_group, "prefetch_factor": 1, "timeout": 1}
+    trouble = r"DataLoader worker \(pid|Connection|Too many open files|shared memory"
+    with explained("lower num_workers, or raise ulimit -n or the size of /dev/shm", trouble):
+        dataset = AugmentedBatches(images, labels, config, rank, world, num_workers + 1)
+        loader = DataLoader(dataset, None, sampler=enumerate(shares, start), **(workers if num_workers else {}))
         batches = iter(loader)
         if num_workers and hasattr(signal, "SIGCHLD"):  # DataLoader would raise an error at any place in the training
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for batch in iter(lambda: next_batch(batches), None):
-            images, labels = (torch.from_numpy(x) for x in batch)
-            if device.type == "cuda":
-                images, labels = images.pin_memory(), labels.pin_memory()
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for slot in iter(lambda: next_batch(batches), None):
+            batch = (slots[slot] for slots in dataset.slots)
+            copies = (x.pin_memory() if device.type == "cuda" else x.clone() for x in batch)  # the slot is used again
+            yield tuple(x.to(device, non_blocking=True) for x in copies)
 
 
 # ---------------------------------------------------------------------------- model

@@ -1,13 +1,16 @@
-"""What all tests share: the three scripts as modules, and a way to run them as a user does."""
+"""What the tests share: the scripts as modules, ways to run them as a user does, and what they wrote."""
 
+import csv
 import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("mini_vit", "mini_vit_concat", "mini_vit_augment")
@@ -15,8 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A model and a run of seconds; the concat model can't be narrower than the image.
 TINY = {name: "--n_layers 2 --n_head 4 --d_head 14 --n_embd 56".split() for name in SCRIPTS}
-TINY["mini_vit_concat"] = "--n_layers 1 --n_head 40 --d_head 20 --n_embd 800".split()
+TINY["mini_vit_concat"] = "--n_layers 1 --n_head 80 --d_head 10 --n_embd 800".split()
 SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4 --device cpu".split()
+SAVE_OFTEN = {"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}
+LONG = [*SHORT, "--max_iters", "60", "--eval_interval", "20"]
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -31,19 +36,13 @@ def module(script):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Run a script's main() in this process, in tmp_path, without the picture: main(script, *flags, status=0).
-
-    Each evaluation is saved, unless save_share tells otherwise.
-    """
+    """Run a script's main() in this process, in tmp_path: main(script, *flags, status=0, save_seconds=300)."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
-    def main(script, *flags, status=0, save_share=float("inf")):
+    def main(script, *flags, status=0, save_seconds=300):
         module = importlib.import_module(script)
-        monkeypatch.setattr(module, "draw_report", lambda *args: None)
-        monkeypatch.setattr(module, "SAVE_SHARE", save_share)
-        if "--data_dir" not in flags:
-            flags += ("--data_dir", str(ROOT / "data"))
+        monkeypatch.setattr(module, "SAVE_SECONDS", save_seconds, raising=False)
         capfd.readouterr()
         try:
             returned, last_words = module.main(list(flags)), ""
@@ -59,27 +58,29 @@ def main(tmp_path, monkeypatch, capfd):
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def no_matplotlib(tmp_path_factory) -> Path:
-    """A folder that, on PYTHONPATH, hides matplotlib: runs are faster without the picture."""
-    folder = tmp_path_factory.mktemp("no_matplotlib")
-    (folder / "matplotlib.py").write_text("raise ImportError('hidden by the tests')\n")
-    return folder
-
-
 @pytest.fixture
-def start(tmp_path, no_matplotlib):
-    """Start a script as a user does: start(script, *flags, processes=1, report=False, **options of Popen)."""
+def start(tmp_path):
+    """Start a script as a user does: start(script, *flags, processes=1, **options of Popen).
+
+    It may be a copy with other constants: replacing={"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}.
+    """
     started = []
 
-    def start(script, *flags, processes=1, report=False, env=(), **options):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / f"{script}.py"), *flags]
-        if "--data_dir" not in flags:
-            command += ["--data_dir", str(ROOT / "data")]
-        environment = os.environ | ({} if report else {"PYTHONPATH": str(no_matplotlib)}) | dict(env)
+    def start(script, *flags, processes=1, replacing=(), env=(), **options):
+        path, launch = str(ROOT / f"{script}.py"), []
+        if processes > 1:
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if replacing:
+            text = Path(path).read_text()
+            for old, new in replacing.items():
+                assert old in text
+                text = text.replace(old, new)
+            path = f"{script}.py"
+            (tmp_path / path).write_text(text)
+            flags += ("--data_dir", str(ROOT / "data"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, **options))
+        command = [sys.executable, *launch, path, *flags]
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(env), **pipes | options))
         return started[-1]
 
     yield start
@@ -99,3 +100,69 @@ def run(start):
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def default_precision():
+    """Have torch multiply as it does by default, again, once a test is done that may change it."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until a condition holds, while the process runs."""
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def children(process) -> list[int]:
+    """Return the ids of a process's children (Linux)."""
+    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def weights(folder: Path) -> dict:
+    """Return the weights in a run's folder: the finished model's or else the checkpoint's."""
+    path = folder / ("model.pt" if (folder / "model.pt").exists() else "checkpoint.pt")
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same(a: dict, b: dict, **tolerance) -> None:
+    """See that two models have the same weights, bit for bit if no tolerance is given."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+def rows(folder: Path, drop=("images_per_second", "seconds")) -> list[dict]:
+    """Return the rows of log.csv, without its times."""
+    text = (folder / "log.csv").read_bytes().decode()
+    assert "\r" not in text
+    return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(text.splitlines())]
+
+
+def one_line(result, *words) -> None:
+    """See that stderr is one line (after argparse's usage) with these words, and no traceback."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("usage:", " "))]
+    assert len(lines) == 1, result.stderr
+    assert "error:" in lines[0]
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def random_model(module, **changes) -> torch.nn.Module:
+    """Return a small Transformer, all of whose weights are random: of a new one's, some are 0 or 1."""
+    embd = 800 if module.__name__ == "mini_vit_concat" else 56
+    shape = {"n_layers": 1, "n_head": 4, "d_head": embd // 4, "n_embd": embd}
+    model = module.Transformer(module.Config(**shape | {"precision": "float32"} | changes)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def random_images(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return n images (n, 784) uint8 and labels (n,) of noise."""
+    return torch.randint(0, 256, (n, 784), dtype=torch.uint8), torch.randint(0, 10, (n,))

@@ -1,73 +1,75 @@
-"""Runs that survive: resuming, signals, several processes."""
+"""Runs that survive: resuming, signals, several processes, folders that say what they hold."""
 
-import copy
-import csv
-import itertools
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SHORT, TINY
+from conftest import (
+    LONG,
+    ROOT,
+    SAVE_OFTEN,
+    SCRIPTS,
+    SHORT,
+    TINY,
+    assert_same,
+    children,
+    one_line,
+    rows,
+    wait_for,
+    weights,
+)
+
+import mini_vit
+
+RUN = [*TINY["mini_vit"], *SHORT]
 
 
-def weights(folder, name="checkpoint.pt"):
-    return torch.load(folder / name, weights_only=True)["model"]
+def saved_steps(module, monkeypatch) -> list[int]:
+    """Return a list that gets the step of every checkpoint that a script writes from now on."""
+    steps, original = [], module.write
+
+    def write(path, content):
+        if path.name == "checkpoint.pt":
+            steps.append(content["iter"])
+        original(path, content)
+
+    monkeypatch.setattr(module, "write", write)
+    return steps
 
 
-def assert_same(a, b, exact=True):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **({"rtol": 0, "atol": 0} if exact else {}), msg=name)
-
-
-def rows(folder, drop=("images_per_second", "seconds")):
-    return [
-        {k: v for k, v in row.items() if k not in drop}
-        for row in csv.DictReader((folder / "log.csv").read_text().splitlines())
-    ]
-
-
-def wait_for(condition, process, seconds=120):
-    for _ in range(seconds * 50):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise TimeoutError
-
-
-LONG = [*SHORT, "--max_iters", "120", "--eval_interval", "30"]
+def assert_finished_alike(folder, other) -> None:
+    """See that two runs ended with the same weights and the same log, and left nothing but those."""
+    assert_same(weights(folder), weights(other))
+    assert rows(folder) == rows(other)
+    assert {path.name for path in folder.iterdir()} == {"model.pt", "log.csv"}
 
 
 @pytest.fixture
-def resumed_like_whole(script, main, tmp_path):
-    """Resume the run in a folder; see that it ends as a run that nobody stopped, and kept nothing temporary."""
-
-    def check(folder):
-        main(script, *TINY[script], *LONG, "--out_dir", "whole")
-        main(script, "--resume", "--out_dir", folder)
-        assert_same(weights(tmp_path / folder), weights(tmp_path / "whole"))
-        assert rows(tmp_path / folder) == rows(tmp_path / "whole")
-
-    return check
+def whole(script, main, tmp_path_factory, cache={}):  # noqa: B006
+    """The folder of a run that nobody stopped; one for all tests."""
+    if script not in cache:
+        folder = tmp_path_factory.mktemp(script) / "whole"
+        main(script, *TINY[script], *LONG, "--out_dir", str(folder))
+        cache[script] = folder
+    return cache[script]
 
 
-def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, tmp_path, resumed_like_whole):
-    killed = start(script, *TINY[script], *LONG, "--out_dir", "killed")
+def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, main, tmp_path, whole):
+    killed = start(script, *TINY[script], *LONG, "--out_dir", "killed", replacing=SAVE_OFTEN)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     wait_for(checkpoint.exists, killed)
-    time.sleep(0.2)  # somewhere between two checkpoints
     killed.kill()
     killed.wait()
-    assert torch.load(checkpoint, weights_only=True)["iter"] in (30, 60, 90)
-    resumed_like_whole("killed")
+    assert torch.load(checkpoint, weights_only=True)["iter"] < 60
+    main(script, "--resume", "--out_dir", "killed")
+    for leftover in (tmp_path / "killed").glob("*.tmp"):  # of the moment in which it was killed
+        leftover.unlink()
+    assert_finished_alike(tmp_path / "killed", whole)
 
 
 @pytest.mark.parametrize(
@@ -75,65 +77,17 @@ def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, tmp_path
     [(script, signal.SIGINT, 130) for script in SCRIPTS] + [("mini_vit_augment", signal.SIGTERM, 143)],
     indirect=["script"],
 )
-def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, tmp_path, resumed_like_whole):
+def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, main, tmp_path, whole):
     process = start(script, *TINY[script], *LONG, "--out_dir", "stopped", start_new_session=True)
-    wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
-    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+    wait_for((tmp_path / "stopped" / "log.csv").exists, process)
+    os.killpg(process.pid, number)  # as a terminal does: to workers, too, if they were in its group
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "--resume --out_dir stopped" in out.splitlines()[-1]
     assert err == ""
-    resumed_like_whole("stopped")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's children")
-def test_a_run_ends_when_the_system_kills_a_worker(start, tmp_path):
-    """Python waits at its end for all workers; that error keeps the DataLoader from ending them."""
-    process = start("mini_vit_augment", *TINY["mini_vit_augment"], *SHORT, "--max_iters", "99999", "--num_workers", "2")
-    wait_for((tmp_path / "runs" / "mini_vit_augment" / "augmented.png").exists, process)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(workers) == 2
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert err.splitlines()[-1] == "mini_vit_augment.py: error: out of memory: lower batch_size"
-
-
-def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
-    """CUDA graphs, pretended: recording leaves no trace; a replay runs the step on what the recorded batch holds."""
-    import mini_vit
-
-    config = mini_vit.Config(n_layers=2, n_head=4, d_head=14, n_embd=56, dropout=0.0)
-    (model, optimizer), usual = (mini_vit.build(config, torch.device("cpu"), {}) for _ in range(2))
-    recorded = mini_vit.step_function(model, optimizer, config, torch.device("cuda"), world=1)
-    usual_step = mini_vit.step_function(*usual, config, torch.device("cpu"), world=1)
-    replays = []
-
-    @contextmanager
-    def record(*_, **__):
-        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-        yield
-        model.load_state_dict(before[0])
-        optimizer.load_state_dict(before[1])
-
-    class Graph:
-        def __init__(self):
-            self.depth = model.depth
-
-        def replay(self):
-            recorded.loss.copy_(recorded.step(*recorded.batch))
-            replays.append(self.depth)
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
-    for depth in [1] * 6 + [2] * 6:
-        images, labels = torch.randint(0, 256, (8, 784), dtype=torch.uint8), torch.randint(0, 10, (8,))
-        model.depth = usual[0].depth = depth
-        for group in optimizer.param_groups + usual[1].param_groups:
-            group["lr"].fill_(1e-3)
-        assert recorded(images, labels) == usual_step(images, labels)
-    assert replays == [1, 1, 1, 2, 2, 2]
-    assert_same(model.state_dict(), usual[0].state_dict())
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint.pt", "log.csv"}
+    main(script, "--resume", "--out_dir", "stopped")
+    assert_finished_alike(tmp_path / "stopped", whole)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -141,27 +95,25 @@ def test_resuming_on_a_gpu_is_exact(script, module, main, tmp_path, monkeypatch)
     """The steps before and after the stop are replayed from other CUDA graphs, or run one kernel after the other."""
     flags = [*TINY[script], *LONG, "--device", "cuda", "--dropout", "0.1"]
     main(script, *flags, "--out_dir", "whole")
-    calls = itertools.count(1)
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "agree", lambda loss, *_: (loss, signal.SIGTERM if next(calls) == 47 else 0))
-        main(script, *flags, "--out_dir", "stopped", status=143)
+    schedule = module.schedule
+    monkeypatch.setattr(module, "schedule", lambda n, c: (n == 47 and module.SIGNALS.append(15)) or schedule(n, c))
+    main(script, *flags, "--out_dir", "stopped", status=143)
+    module.SIGNALS.clear()
     main(script, "--resume", "--out_dir", "stopped")
-    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
-    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    assert_finished_alike(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_impatient_ctrl_c_stops_at_once_and_harms_nothing(start, tmp_path):
     flags = [*TINY["mini_vit_augment"], *SHORT, "--max_iters", "100000", "--eval_interval", "30"]
-    process = start("mini_vit_augment", *flags, start_new_session=True)
+    process = start("mini_vit_augment", *flags, replacing=SAVE_OFTEN, start_new_session=True)
     checkpoint = tmp_path / "runs" / "mini_vit_augment" / "checkpoint.pt"
     wait_for(checkpoint.exists, process)
     while process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.01)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (-signal.SIGINT, 130)
     assert err == ""
-    assert torch.load(checkpoint, weights_only=True)["iter"] >= 30
+    assert torch.load(checkpoint, weights_only=True)["iter"] >= 10
 
 
 def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
@@ -173,21 +125,30 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     main(script, *flags, "--out_dir", "one")
     result = run(script, *flags, "--out_dir", "two", processes=2)
     assert result.stdout.count("parameters:") == 1
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
+    assert "find_unused_parameters" not in result.stderr
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-3, atol=2e-5)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
+def test_two_agents_train_together(start, tmp_path):
+    """Two nodes, pretended on one machine: the second writes nothing."""
+    agents = []
+    for rank in (0, 1):
+        launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}"]
+        launch += ["--master_addr=127.0.0.1", "--master_port=29511"]
+        (folder := tmp_path / f"node{rank}").mkdir()
+        command = [sys.executable, *launch, str(ROOT / "mini_vit.py"), *RUN]
+        agents.append(subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True))
+    (out, err), (quiet, _) = (agent.communicate(timeout=200) for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], err
+    assert "2 processes" in out and "accuracy: " in out and "accuracy" not in quiet
+    assert (tmp_path / "node0" / "runs" / "mini_vit" / "model.pt").exists()
+    assert not list((tmp_path / "node1").iterdir())
+
+
 @pytest.mark.parametrize(
-    "script, flag",
-    [
-        ("mini_vit", "--adversarial=0.1"),
-        ("mini_vit_concat", "--adversarial=0.1"),
-        ("mini_vit_augment", "--adversarial=0.1"),
-        ("mini_vit_augment", "--easy_share=0.75"),
-    ],
+    "script, flag", [(script, "--adversarial=0.1") for script in SCRIPTS] + [("mini_vit_augment", "--easy_share=0.75")]
 )
 def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
     flags = [*TINY[script], *SHORT, "--learning_rate", "1e-9"]  # the losses are those of the first weights
@@ -197,98 +158,92 @@ def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
         assert float(hard["train_loss"]) > float(usual["train_loss"]) + 0.05
 
 
-def test_resume_with_another_number_of_processes(run, main, start, tmp_path):
+def test_ctrl_c_stops_two_processes_and_one_goes_on(start, main, tmp_path):
     flags = [*TINY["mini_vit"], *LONG, "--dropout", "0"]
     main("mini_vit", *flags, "--out_dir", "whole")
-    process = start("mini_vit", *flags, "--out_dir", "stopped")
-    wait_for((tmp_path / "stopped" / "checkpoint.pt").exists, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
-    run("mini_vit", "--resume", "--out_dir", "stopped", processes=2)
-    for name, value in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(tmp_path / "stopped")[name], value, rtol=1e-2, atol=1e-3)
-
-
-def test_a_process_that_dies_ends_the_run(start, tmp_path):
-    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "100000", "--eval_interval", "20"]
-    process = start("mini_vit", *flags, processes=2)
-    wait_for((tmp_path / "runs" / "mini_vit" / "checkpoint.pt").exists, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-
-
-def test_ctrl_c_stops_two_processes_too(start, run, tmp_path):
-    flags = [*TINY["mini_vit"], *SHORT, "--max_iters", "100000", "--eval_interval", "20"]
-    process = start("mini_vit", *flags, processes=2, start_new_session=True)
-    checkpoint = tmp_path / "runs" / "mini_vit" / "checkpoint.pt"
-    wait_for(checkpoint.exists, process)
+    process = start("mini_vit", *flags, "--out_dir", "stopped", processes=2, start_new_session=True)
+    wait_for((tmp_path / "stopped" / "log.csv").exists, process)
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert "--nproc_per_node=2" in out and "--resume" in out
-    step = torch.load(checkpoint, weights_only=True)["iter"]
-    run("mini_vit", "--resume", "--max_iters", str(step + 20), processes=2)
+    main("mini_vit", "--resume", "--out_dir", "stopped")
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"), rtol=1e-2, atol=1e-3)
+
+
+def test_a_process_that_dies_ends_the_run(start, tmp_path):
+    process = start("mini_vit", *RUN, "--max_iters", "100000", processes=2)
+    wait_for((tmp_path / "runs" / "mini_vit" / "log.csv").exists, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(script, main, tmp_path):
     for out, seed in [("a", "1"), ("b", "1"), ("c", "2")]:
         main(script, *TINY[script], *SHORT, "--seed", seed, "--out_dir", out)
-    assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "b", "model.pt"))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     with pytest.raises(AssertionError):
-        assert_same(weights(tmp_path / "a", "model.pt"), weights(tmp_path / "c", "model.pt"))
+        assert_same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-def test_a_second_run_does_not_overwrite_the_first(main, tmp_path):
-    flags = [*TINY["mini_vit"], *SHORT]
-    main("mini_vit", *flags)
+def test_run_again_goes_to_the_next_free_folder(main, tmp_path):
+    main("mini_vit", *RUN)
     before = weights(tmp_path / "runs" / "mini_vit")
-    refused = main("mini_vit", *flags, "--seed", "2", status=1)
-    for way_out in ("--resume", "--overwrite", "--out_dir"):
-        assert way_out in refused.stderr
-    assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
-    finished = main("mini_vit", "--resume", status=1)
-    assert "finished" in finished.stderr
-    main("mini_vit", "--resume", "--max_iters", "32")  # longer
-    assert [row["iter"] for row in rows(tmp_path / "runs" / "mini_vit")] == ["8", "16", "24", "32"]
-    main("mini_vit", *flags, "--seed", "2", "--overwrite")
-    assert len(rows(tmp_path / "runs" / "mini_vit")) == 3
-
-
-def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch):
-    """With max_iters raised, depth_at falls; the network must not."""
-    import mini_vit
-
-    main("mini_vit", *TINY["mini_vit"], *SHORT)
-    depths, original = {}, mini_vit.save
-    monkeypatch.setattr(
-        mini_vit, "save", lambda state, path: (depths.update({state["iter"]: state["depth"]}), original(state, path))
+    for n in (2, 3):
+        again = main("mini_vit", *RUN, "--seed", str(n))
+        assert "runs/mini_vit holds a run" in again.stdout
+        assert f"python look.py runs/mini_vit-{n}" in again.stdout
+    assert (
+        len({float(w.double().sum()) for w in (weights(f)["head.weight"] for f in (tmp_path / "runs").iterdir())}) == 3
     )
+    assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
+
+
+def test_a_named_folder_that_holds_a_run_is_refused(main, tmp_path):
+    main("mini_vit", *RUN, "--out_dir", "mine")
+    before = weights(tmp_path / "mine")
+    one_line(main("mini_vit", *RUN, "--seed", "2", "--out_dir", "mine", status=1), "mine", "--resume", "--out_dir")
+    assert_same(weights(tmp_path / "mine"), before)
+
+
+def test_resume_takes_the_run_that_was_stopped_last(start, main, tmp_path):
+    main("mini_vit", *RUN)
+    for _ in range(2):
+        process = start("mini_vit", *TINY["mini_vit"], *LONG)
+        wait_for(lambda: len(list((tmp_path / "runs").iterdir())) > 1 + _, process)  # noqa: B023
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    main("mini_vit", "--resume")
+    left = {path.parent.name for path in (tmp_path / "runs").glob("*/checkpoint.pt")}
+    assert left == {"mini_vit-2"}
+    main("mini_vit", "--resume")
+    one_line(main("mini_vit", "--resume", status=1), "checkpoint.pt")
+
+
+def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch, tmp_path):
+    """With max_iters raised, the schedule asks for fewer blocks; the network must keep them."""
+    monkeypatch.setattr(mini_vit, "SIGNALS", [])
+    original = mini_vit.schedule
+
+    def schedule(step, config):
+        if step == 24 and config.max_iters == 25:
+            mini_vit.SIGNALS.append(signal.SIGTERM)
+        return original(step, config)
+
+    monkeypatch.setattr(mini_vit, "schedule", schedule)
+    main("mini_vit", *RUN, "--max_iters", "25", "--growth", "0.5", status=143)
+    mini_vit.SIGNALS.clear()
+    state = torch.load(tmp_path / "runs" / "mini_vit" / "checkpoint.pt", weights_only=True)
+    assert (state["iter"], state["depth"]) == (24, 2)
+    monkeypatch.setattr(mini_vit, "schedule", lambda step, config: (original(step, config)[0], 1))
     main("mini_vit", "--resume", "--max_iters", "48")
-    assert depths == {32: 2, 40: 2, 48: 2}  # depth_at would be 1 at step 32
+    assert torch.load(tmp_path / "runs" / "mini_vit" / "model.pt", weights_only=True)["depth"] == 2
 
 
-def test_a_bar_in_a_terminal_counts_blocks_also_of_a_longer_run(main, monkeypatch):
+def test_a_bar_in_a_terminal_shows_step_and_loss(main, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    for flags, steps in [([*TINY["mini_vit"], *SHORT], 24), (["--resume", "--max_iters", "48"], 48)]:
-        bar = main("mini_vit", *flags).stderr.split("\r")[-1]
-        assert bar.startswith("100%|") and f"step {steps}, loss" in bar
-
-
-def test_a_run_under_way_is_evaluated_with_the_blocks_it_has(main, tmp_path, monkeypatch):
-    """The second block joins at the last step, 25; the model of step 24 is evaluated without it."""
-    import mini_vit
-
-    flags = [*SHORT, "--max_iters", "25", "--eval_interval", "24", "--growth", "20", "--subset", "0"]
-    original = mini_vit.save
-    monkeypatch.setattr(mini_vit, "save", lambda state, path: original(state, path.with_name(f"{state['iter']}.pt")))
-    main("mini_vit", *TINY["mini_vit"], *flags)
-    run = tmp_path / "runs" / "mini_vit"
-    for step, depth, row in [(24, 1, 0), (25, 2, 1)]:
-        (run / f"{step}.pt").rename(run / "model.pt")
-        assert torch.load(run / "model.pt", weights_only=True)["depth"] == depth
-        loss = float(rows(run)[row]["test_loss"])
-        assert f"test loss: {loss:.4f}" in main("mini_vit", "--eval").stdout
+    bar = main("mini_vit", *RUN).stderr.split("\r")[-1]
+    assert bar.startswith("100%|") and "24/24" in bar and "loss" in bar
 
 
 def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
@@ -300,29 +255,24 @@ def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
     for process in runs:
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
+    assert not list(raw.glob("*-ubyte"))  # nothing is unpacked there
 
 
-def test_long_intervals_are_saved_in_between(main, monkeypatch):
-    """With no evaluation in sight, a checkpoint is still written."""
-    import mini_vit
-
-    monkeypatch.setattr(mini_vit, "SAVE_SECONDS", 0)
-    steps = []
-    original = mini_vit.save
-    monkeypatch.setattr(mini_vit, "save", lambda state, path: (steps.append(state["iter"]), original(state, path)))
-    main("mini_vit", *TINY["mini_vit"], *SHORT, "--max_iters", "25", "--eval_interval", "1000")
-    assert [step for step, _ in itertools.groupby(steps)] == [10, 20, 25]
+def test_a_checkpoint_follows_after_so_many_seconds(main, monkeypatch):
+    """With no evaluation in sight, it is still written, at the steps that look at the loss; the end leaves none."""
+    steps = saved_steps(mini_vit, monkeypatch)
+    main("mini_vit", *RUN, "--max_iters", "25", "--eval_interval", "1000", save_seconds=0)
+    assert steps == [10, 20, 25]
+    steps.clear()
+    main("mini_vit", *RUN)
+    assert steps == []
 
 
-def test_saving_takes_little_of_the_time(main, monkeypatch, tmp_path):
-    """Evaluations that follow soon are logged, but only the first and the last are saved."""
-    import mini_vit
-
-    steps, original = [], mini_vit.save
-    monkeypatch.setattr(mini_vit, "save", lambda state, path: (steps.append(state["iter"]), original(state, path)))
-    main("mini_vit", *TINY["mini_vit"], *SHORT, save_share=1e-9)
-    assert [step for step, _ in itertools.groupby(steps)] == [8, 24]
-    assert [row["iter"] for row in rows(tmp_path / "runs" / "mini_vit")] == ["8", "16", "24"]
+def test_each_line_is_in_the_file_when_it_is_printed(start, tmp_path):
+    with open(tmp_path / "log.txt", "w") as log:
+        process = start("mini_vit", *RUN, "--max_iters", "100000", stdout=log)
+    wait_for(lambda: "step 8: train loss" in (tmp_path / "log.txt").read_text(), process)
+    process.kill()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
@@ -337,8 +287,25 @@ def test_freed_memory_is_kept():
                     torch.ones(2**24)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         before = faults()
-        mini_vit.keep_freed_memory()
+        mini_vit.set_up(mini_vit.Config(device="cpu"))
         print(before, faults())"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     before, after = map(int, done.stdout.split())
     assert after < before / 10
+
+
+def test_each_pass_takes_each_image_once(module):
+    config = module.Config(batch_size=30, max_iters=20)
+    indices = torch.cat(list(module.shuffled_indices(100, config, 0)))
+    assert len(indices) == 600
+    for one_pass in indices.split(100):
+        assert sorted(one_pass.tolist()) == list(range(100))
+    assert not torch.equal(indices[:100], indices[100:200])
+    assert torch.equal(next(module.shuffled_indices(100, config, 7)), indices[7 * 30 : 8 * 30])
+
+
+def test_importing_a_script_changes_nothing(script):
+    """look.py imports it: no signal handler, no folder, no output."""
+    before = signal.getsignal(signal.SIGINT)
+    importlib.reload(importlib.import_module(script))
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,187 @@
+"""Pictures of digits as people bring them: MNIST's test digits on paper, in light, on desks, behind lines."""
+
+import random
+
+import numpy as np
+from PIL import Image, ImageCms
+from scipy import ndimage
+
+PAPER, PEN = np.float32([0.9, 0.86, 0.75]), np.float32([0.16, 0.2, 0.5])
+KINDS = (
+    "plain inverted as_mnist tiny transparent cropped photograph noisy thick chalkboard "
+    "cmyk lab gray16 float one_bit palette frame1 frame20 box desk desk_turned desk_partly vignette shadow specks ruled ruled_tilted squared baseline "
+    "ballpoint ballpoint_photo pencil dashed"
+).split()
+CHANCY = ("cropped", "dashed", "tiny", "pencil", "desk_turned", "shadow")  # where a person, too, may err
+
+
+def enlarged(digit: np.ndarray, size: int) -> np.ndarray:
+    """Return a digit (28, 28) uint8 as ink from 0 to 1, (size, size)."""
+    return np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def placed(ink: np.ndarray, rng: random.Random, most: int = 200) -> np.ndarray:
+    """Return ink somewhere on a larger sheet, with a margin around it."""
+    size, margin = len(ink), most // 10
+    sheet = np.zeros((size + rng.randint(2 * margin, most), size + rng.randint(2 * margin, most)), np.float32)
+    y, x = (rng.randint(margin, n - size - margin) for n in sheet.shape)
+    sheet[y : y + size, x : x + size] = ink
+    return sheet
+
+
+def thinned(digit: np.ndarray, size: int, width: int) -> np.ndarray:
+    """Return a digit's middle lines, drawn by a pen so many pixels wide."""
+    distance = ndimage.distance_transform_edt(enlarged(digit, size) > 0.5)
+    ridge = (distance >= ndimage.maximum_filter(distance, 3) - 0.5) & (distance > 0)
+    ridge = ndimage.binary_closing(ridge, iterations=3)
+    return ndimage.binary_dilation(ridge, iterations=max(1, width // 2)).astype(np.float32)
+
+
+def on_paper(ink: np.ndarray, paper=PAPER, pen=PEN) -> np.ndarray:
+    """Return ink of a colour on paper of another, (height, width, 3)."""
+    return paper * (1 - ink[..., None]) + np.float32(pen) * ink[..., None]
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))
+
+
+def grain(shape: tuple, strength: float, rng: random.Random) -> np.ndarray:
+    """Return noise, the same in all colours."""
+    return np.random.default_rng(rng.randint(0, 10**6)).normal(0, strength, (*shape[:2], 1)).astype(np.float32)
+
+
+def on_desk(page: np.ndarray, turned: bool, rng: random.Random) -> np.ndarray:
+    """Return a page in the middle of a dark desk."""
+    margin, angle = rng.randint(30, 120), rng.uniform(-12, 12) if turned else 0
+    page = np.pad(page, ((margin, margin), (margin, margin), (0, 0)))
+    there = np.pad(np.ones([n - 2 * margin for n in page.shape[:2]], np.float32), margin)[..., None]
+    page, there = (ndimage.rotate(x, angle, reshape=False, order=1) for x in (page, there))
+    desk = np.float32([0.2, 0.16, 0.12]) + grain(page.shape, 0.02, rng)
+    return page + desk * (1 - there) + grain(page.shape, 0.01, rng)
+
+
+def lines(shape: tuple, kind: str, rng: random.Random) -> np.ndarray:
+    """Return where ruled or squared paper has its lines."""
+    step, width, slope = rng.randint(30, 60), rng.randint(1, 2), rng.uniform(-0.04, 0.04) * (kind == "ruled_tilted")
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    there = (y + slope * x).round().astype(int) % step < width
+    return there | (x % step < width) if kind == "squared" else there
+
+
+def draw_thin(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
+    """Return a digit drawn by a thin pen: in a large picture, or dashed."""
+    if kind == "dashed":
+        y, x = np.mgrid[:200, :200]
+        return picture(on_paper(placed(thinned(digit, 200, 8) * ((y + 0.7 * x) % 28 > 8), rng)))
+    ink = placed(thinned(digit, rng.randint(300, 600), rng.randint(3, 7)), rng, 600)
+    page = on_paper(ink, pen=(0.5, 0.5, 0.52) if kind == "pencil" else PEN)
+    light = np.linspace(0.7, 1, ink.shape[1], dtype=np.float32)[None, :, None]
+    return picture(page if kind == "ballpoint" else page * light + grain(ink.shape, 0.02, rng))
+
+
+def draw_marked(page: np.ndarray, ink: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
+    """Return a page with something on it that isn't the digit."""
+    if kind in ("frame1", "frame20"):
+        n = int(kind[5:])
+        page[:n] = page[-n:] = page[:, :n] = page[:, -n:] = 0.05
+    if kind == "box":
+        inner = page[13:-13, 13:-13].copy()
+        page[10:-10, 10:-10] = 0.1
+        page[13:-13, 13:-13] = inner
+    if kind == "specks":
+        for _ in range(6):
+            y, x, size = rng.randint(0, len(page) - 4), rng.randint(0, page.shape[1] - 4), rng.randint(1, 4)
+            page[y : y + size, x : x + size] = 0.1
+    if kind == "baseline":
+        bottom = min(len(page) - 3, ink.any(1).nonzero()[0][-1] + 3)
+        page[bottom : bottom + 2] = 0.3
+    if kind in ("ruled", "ruled_tilted", "squared"):
+        paper = np.where(lines(ink.shape, kind, rng)[..., None], np.float32([0.45, 0.55, 0.8]), 0.92)
+        page = on_paper(ink, paper, (0.15, 0.15, 0.3)) + grain(ink.shape, 0.008, rng)
+    return page
+
+
+def draw_lit(page: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
+    """Return a page as a camera sees it."""
+    y, x = np.mgrid[-1 : 1 : len(page) * 1j, -1 : 1 : page.shape[1] * 1j].astype(np.float32)
+    light = {
+        "photograph": 0.875 + 0.125 * x,
+        "vignette": 1 - 0.33 * (x * x + y * y),
+        "shadow": 1 - 0.5 / (1 + np.exp(-12 * (x + y - 1.1))),
+    }.get(kind, np.ones_like(x))
+    return page * light[..., None] + grain(page.shape, 0.06 if kind == "noisy" else 0.016, rng)
+
+
+def draw_stored(ink: np.ndarray, kind: str) -> Image.Image:
+    """Return a drawing as programs and scanners store it."""
+    gray, colour = picture(1 - 0.8 * ink), picture(on_paper(ink))
+    if kind == "transparent":
+        drawn = Image.new("RGBA", gray.size, (20, 20, 90, 255))
+        drawn.putalpha(picture(ink))
+        return drawn
+    if kind == "lab":
+        to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        return ImageCms.applyTransform(colour, to_lab)
+    return {
+        "plain": lambda: picture(ink),
+        "inverted": lambda: picture(1 - ink),
+        "chalkboard": lambda: picture(on_paper(ink, np.float32([0.1, 0.25, 0.2]), (0.85, 0.85, 0.8))),
+        "cmyk": lambda: colour.convert("CMYK"),
+        "gray16": lambda: Image.fromarray(((1 - 0.8 * ink.clip(0, 1)) * 40000 + 5000).astype(np.uint16)),
+        "float": lambda: Image.fromarray((1 - 0.8 * ink) * 3.7),
+        "one_bit": lambda: gray.convert("1"),
+        "palette": lambda: colour.convert("P"),
+    }[kind]()
+
+
+def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
+    """Return a digit (28, 28) uint8 in a picture of this kind."""
+    if kind == "as_mnist":
+        return Image.fromarray(255 - digit)
+    if kind in ("ballpoint", "ballpoint_photo", "pencil", "dashed"):
+        return draw_thin(digit, kind, rng)
+    size = rng.randint(20, 40) if kind == "tiny" else rng.randint(120, 300)
+    ink = enlarged(digit, size)
+    if kind == "cropped":  # the digit touches all four edges
+        return picture(ink).crop(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).getbbox())
+    if kind == "thick":
+        ink = ndimage.grey_dilation(ink, (size // 28, size // 28))
+    ink = placed(ink, rng, 30 if kind == "tiny" else 200)
+    page = on_paper(ink)
+    if kind.startswith("desk"):
+        page = on_desk(page, kind == "desk_turned", rng)
+        return picture(page[:, 60:] if kind == "desk_partly" else page)
+    if kind in ("photograph", "vignette", "shadow", "noisy"):
+        return picture(draw_lit(page, kind, rng))
+    if kind in ("tiny", "thick"):
+        return picture(page)
+    marked = ("frame1", "frame20", "box", "specks", "baseline", "ruled", "ruled_tilted", "squared")
+    return picture(draw_marked(page, ink, kind, rng)) if kind in marked else draw_stored(ink, kind)
+
+
+def two_digits(first: np.ndarray, second: np.ndarray, rng: random.Random) -> Image.Image:
+    """Return a photograph of two digits side by side."""
+    inks = [ink[:, (ink > 0.3).any(0)] for ink in (enlarged(first, 200), enlarged(second, 200))]
+    gap = np.zeros((200, rng.randint(15, 50)), np.float32)
+    return picture(draw_lit(on_paper(np.pad(np.hstack([inks[0], gap, inks[1]]), 50)), "photograph", rng))
+
+
+def blank(light=lambda x, y: 0.8 + 0 * x, strength: float = 0.02) -> Image.Image:
+    """Return an empty page in some light."""
+    y, x = np.mgrid[-1:1:300j, -1:1:400j].astype(np.float32)
+    return picture(light(x, y) + grain(x.shape, strength, random.Random(1))[..., 0])
+
+
+BLANK = {
+    "even": lambda: blank(strength=0),
+    "noisy": lambda: blank(strength=0.06),
+    "dark": lambda: blank(lambda x, y: 0.1 + 0 * x),
+    "vignette": lambda: blank(lambda x, y: 0.8 * (1 - 0.3 * (x * x + y * y))),
+    "uneven": lambda: blank(lambda x, y: 0.5 + 0.3 * x),
+    "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ((y * 150).astype(int) % 40 < 2)),
+    "squared": lambda: blank(
+        lambda x, y: 0.9 - 0.4 * (((y * 150).astype(int) % 40 < 2) | ((x * 200).astype(int) % 40 < 2))
+    ),
+    "framed": lambda: blank(lambda x, y: np.where((abs(x) > 0.95) | (abs(y) > 0.95), 0.1, 0.9)),
+}
