@@ -128,6 +128,43 @@ def draw_attention(figure, model, image: Tensor) -> None:
             ax.set(title=f"{place} block, head {head + 1}", xlabel="key: feature j", ylabel="query: feature i")
 
 
+def rollout(model, images: Tensor) -> Tensor:
+    """Return how much a vit's class token has of each patch, (N, rows, columns), through all blocks in use.
+
+    Attention, averaged over the heads, and the residual connection count half each (Abnar and Zuidema 2020,
+    arXiv:2005.00928).
+    """
+    seen, hooks = [], []
+    for block in model.blocks[: model.depth]:
+        hooks.append(block.attn.register_forward_pre_hook(lambda module, args: seen.append((module, args[0]))))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    mixed = torch.eye(len(model.position), device=images.device)
+    for attn, x in seen:
+        q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.n_head, -1)).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)  # (N, tokens, tokens)
+        mixed = (attention + torch.eye(len(model.position), device=images.device)) / 2 @ mixed
+    side = round((len(model.position) - 1) ** 0.5)
+    return mixed[:, 0, 1:].unflatten(-1, (side, side)).cpu()
+
+
+def draw_patches(figure, model, images: Tensor) -> None:
+    """Draw where the class token of a vit looks, for a few digits, and how alike its position embeddings are."""
+    figure.suptitle("where the class token looks (attention rolled out over the blocks), and position embeddings")
+    *axes, last = figure.subplots(2, 5).T.flat
+    for ax, image, share in zip(axes, images, rollout(model, images), strict=False):
+        ax.axis("off")
+        ax.imshow(image.cpu().view(28, 28), cmap="gray", extent=(0, 28, 28, 0))
+        ax.imshow(share, cmap="inferno", alpha=0.6, extent=(0, 28, 28, 0), interpolation="bilinear")
+    patches = torch.nn.functional.normalize(model.position[1:].cpu(), dim=-1)
+    side = round(len(patches) ** 0.5)
+    tiles = torch.nn.functional.pad((patches @ patches.T).view(side, side, side, side), (0, 1, 0, 1), value=torch.nan)
+    last.imshow(tiles.permute(0, 2, 1, 3).reshape(side * (side + 1), -1), cmap="viridis")
+    last.set(title="position embeddings:\ncosine similarity", xticks=[], yticks=[])
+    last.set_xlabel("tile: one patch with all others", fontsize=8)
+
+
 def draw_report(model, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, path: Path) -> None:
     """Draw learning curves, confusion matrix, the most confident mistakes, and attention, into one picture."""
     os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there
@@ -141,7 +178,8 @@ def draw_report(model, log: list[dict], images: Tensor, labels: Tensor, probabil
     draw_curves(curves, log)
     draw_confusion(confusion, probabilities.argmax(-1), labels)
     draw_mistakes(middle, images, labels, probabilities)
-    draw_attention(bottom, model, images[0].to(next(model.parameters()).device))
+    some = images[:9].to(next(model.parameters()).device)
+    draw_patches(bottom, model, some) if hasattr(model, "position") else draw_attention(bottom, model, some[0])
     figure.savefig(path, dpi=70)
 
 

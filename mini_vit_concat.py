@@ -93,11 +93,10 @@ def load_mnist(config: Config) -> tuple[Tensor, ...]:
             content = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
         data = content[16:].view(-1, 784) if "images" in name else content[8:].long()  # behind the header
         sets.append(data[: config.subset or None])
-    n_training = len(sets[0]) - config.holdout
-    if n_training < 1:
+    n = len(sets[0]) - config.holdout  # images to train on
+    if n < 1:
         sys.exit(f"{ERROR} holdout {config.holdout} leaves none of the {len(sets[0])} training images")
-    held_out = [x[n_training:] for x in sets[:2]] if config.holdout else sets[2:]
-    return *(x[:n_training] for x in sets[:2]), *held_out
+    return *(x[:n] for x in sets[:2]), *((x[n:] for x in sets[:2]) if config.holdout else sets[2:])
 
 
 def shuffled_indices(n_images: int, config: Config, start: int) -> Iterator[Tensor]:
@@ -300,11 +299,12 @@ class Trainer:  # the model, its optimizer, and the step that trains it
     def __init__(self, config: Config, device: torch.device, world: int, state: dict):
         torch.manual_seed(config.seed)
         self.config, self.model, cuda = config, Transformer(config).to(device), device.type == "cuda"
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         if config.precision == "auto":  # where the hardware is made for bfloat16: old GPUs only emulate it
-            on_cpu = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else on_cpu
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu.get("avx512_bf16")
             self.model.precision = "bfloat16" if native else "float32"
-        torch.set_float32_matmul_precision("high" if cuda else "highest")  # high is TF32
+        onednn_beats_mkl = self.model.precision == "float32" and cpu.get("avx512_bf16") and not cpu.get("amx_tile")
+        torch.set_float32_matmul_precision("high" if cuda else "medium" if onednn_beats_mkl else "highest")
         matrices, others = ([p for p in self.model.parameters() if (p.dim() > 1) == is_so] for is_so in (True, False))
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         rate = torch.zeros((), device=device)  # in a tensor, which a CUDA graph reads at each replay

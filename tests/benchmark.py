@@ -28,7 +28,7 @@ VARIANTS = {"reference": HeadByHead, "ours": None, "floor": NoAttention}
 SCRIPTS = {"base": "mini_vit", "concat": "mini_vit_concat"}
 
 
-class Trainer:
+class Candidate:
     """One model with its optimizer and a batch of random images."""
 
     def __init__(self, model: str, variant: str, args: argparse.Namespace, **shape):
@@ -44,14 +44,13 @@ class Trainer:
         )
         self.device, *_ = self.script.set_up(self.config)
         original = self.script.Transformer
-        if VARIANTS[variant]:  # build compiles the blocks: attention must be replaced before
+        if VARIANTS[variant]:  # the script's Trainer compiles the blocks: attention must be replaced before
             self.script.Transformer = lambda config: with_attention(original(config), config, VARIANTS[variant])
-        self.model, self.optimizer = self.script.build(self.config, self.device, {})
-        self.script.Transformer = original
-        self.train = self.script.step_function(self.model, self.optimizer, self.config, self.device, world=1)
+        self.train = self.script.Trainer(self.config, self.device, 1, {})
+        self.script.Transformer, self.model = original, self.train.model
         if variant == "reference":  # multiplies as torch does by default, and launches kernels one by one
             torch.set_float32_matmul_precision("highest")
-            self.train = self.train.step if self.device.type == "cuda" else self.train
+            self.train.recorded = False
         self.images = torch.rand(args.batch_size, 784, device=self.device)
         self.labels = torch.randint(0, 10, (args.batch_size,), device=self.device)
 
@@ -88,16 +87,16 @@ class Trainer:
     def name(self) -> str:
         """Return what this is, and on what it runs."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        precision = "bfloat16" if self.model.mixed_precision else "float32"
+        precision = self.model.precision
         shape = f"{self.config.n_layers} layers, {self.config.n_head} heads of {self.config.d_head}"
         numbers = f"batch {self.config.batch_size}, {precision}, compile {self.config.compile}"
         return f"{self.script.SCRIPT}: {shape}, {numbers}, {self.device} ({name}), torch {torch.__version__}"
 
 
 class Remote:
-    """A Trainer in a process of its own: nobody else's memory gets in its way."""
+    """A Candidate in a process of its own: nobody else's memory gets in its way."""
 
-    trainer: Trainer  # in that process only
+    candidate: Candidate  # in that process only
 
     def __init__(self, *args, **shape):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -105,11 +104,11 @@ class Remote:
 
     @staticmethod
     def create(args: tuple, shape: dict) -> None:
-        Remote.trainer = Trainer(*args, **shape)
+        Remote.candidate = Candidate(*args, **shape)
 
     @staticmethod
     def call(method: str) -> float | str:
-        return getattr(Remote.trainer, method)()
+        return getattr(Remote.candidate, method)()
 
     def begin(self, method: str) -> Future:
         return self.pool.submit(Remote.call, method)

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("mini_vit", "mini_vit_concat", "mini_vit_augment")
+SCRIPTS = ("mini_vit", "mini_vit_concat", "mini_vit_augment", "vit")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A model and a run of seconds; the concat model can't be narrower than the image.
-TINY = {name: "--n_layers 2 --n_head 4 --d_head 14 --n_embd 56".split() for name in SCRIPTS}
-TINY["mini_vit_concat"] = "--n_layers 1 --n_head 80 --d_head 10 --n_embd 800".split()
+SHAPES = {name: {"n_layers": 2, "n_head": 4, "d_head": 14, "n_embd": 56} for name in SCRIPTS}
+SHAPES |= {"mini_vit_concat": {"n_layers": 1, "n_head": 80, "d_head": 10, "n_embd": 800}}
+SHAPES |= {"vit": {"n_layers": 2, "n_head": 2, "n_embd": 32, "patch_size": 7}}
+TINY = {name: [f"--{field}={value}" for field, value in shape.items()] for name, shape in SHAPES.items()}
+STILL = [f"--{strength}=0" for strength in ("rotation", "scaling", "shear", "translation", "elastic")]
 SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4 --device cpu".split()
 SAVE_OFTEN = {"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}
 LONG = [*SHORT, "--max_iters", "60", "--eval_interval", "20"]
@@ -153,11 +156,14 @@ def one_line(result, *words) -> None:
         assert word in lines[0], lines[0]
 
 
+def small_config(module, **changes):
+    """Return the Config of a model of seconds, in float32."""
+    return module.Config(**SHAPES[module.__name__] | {"precision": "float32"} | changes)
+
+
 def random_model(module, **changes) -> torch.nn.Module:
     """Return a small Transformer, all of whose weights are random: of a new one's, some are 0 or 1."""
-    embd = 800 if module.__name__ == "mini_vit_concat" else 56
-    shape = {"n_layers": 1, "n_head": 4, "d_head": embd // 4, "n_embd": embd}
-    model = module.Transformer(module.Config(**shape | {"precision": "float32"} | changes)).eval()
+    model = module.Transformer(small_config(module, **changes)).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SCRIPTS
 from reference import HeadByHead, naive_attention, with_attention
 
 import mini_vit
@@ -90,6 +91,7 @@ def test_memory_for_the_backward_pass_grows_with_d_head_not_its_square():
     assert saved_numbers(80) == 2 * saved_numbers(40)
 
 
+@pytest.mark.parametrize("script", SCRIPTS[:3], indirect=True)
 def test_the_block_computes_what_the_original_computes(module):
     """Same weights, same logits as the loop over heads."""
     embd = 800 if module.__name__ == "mini_vit_concat" else 56

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_same, random_images, random_model
+from conftest import assert_same, random_images, random_model, small_config
 from torch.nn.functional import cross_entropy
 
 import mini_vit
@@ -13,6 +13,7 @@ import mini_vit_augment
 import mini_vit_concat
 
 PARAMETERS = {"mini_vit": 118_148_810, "mini_vit_concat": 492_622_490, "mini_vit_augment": 118_148_810}
+PARAMETERS |= {"vit": 678730}
 
 
 def test_parameter_count(module):
@@ -80,7 +81,7 @@ def test_depth_grows_from_the_first_blocks_to_all(module):
 def test_blocks_not_in_use_change_nothing(module):
     """A model at depth 1 is the model of one block."""
     images = torch.rand(50, 784)
-    deep, one = random_model(module, n_layers=3), random_model(module)
+    deep, one = random_model(module, n_layers=3), random_model(module, n_layers=1)
     one.load_state_dict({name: deep.state_dict()[name] for name in one.state_dict()})
     deep.depth = 1
     torch.testing.assert_close(deep(images), one(images), rtol=0, atol=0)
@@ -103,11 +104,10 @@ def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
         torch.testing.assert_close(same, probabilities, rtol=1e-4, atol=1e-6)
 
 
-def trained_on(module, images, labels, **changes) -> list[tuple]:
-    """Return the images and labels that a training step gives to the network, first and last."""
-    config = module.Config(n_layers=1, n_head=8, d_head=100, n_embd=800, precision="float32", dropout=0.0, **changes)
-    trainer, seen = module.Trainer(config, torch.device("cpu"), 1, {}), []
-    trainer.model.load_state_dict(random_model(module, n_head=8, d_head=100, n_embd=800).state_dict())
+def trained_on(module, images, labels, **changes) -> tuple:
+    """Return the model before a training step, and the images on which it is trained at last."""
+    trainer, seen = module.Trainer(small_config(module, dropout=0.0, **changes), torch.device("cpu"), 1, {}), []
+    trainer.model.load_state_dict(random_model(module).state_dict())
     trainer.model.eval().register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     before = copy.deepcopy(trainer.model)
     trainer.step(images, labels)
@@ -116,9 +116,8 @@ def trained_on(module, images, labels, **changes) -> list[tuple]:
 
 def test_adversarial_images_raise_the_loss(module):
     images, labels = random_images(20)
-    model, adversarial = trained_on(
-        module, images, labels, adversarial=0.01, **({"easy_share": 0.0} if "augment" in module.__name__ else {})
-    )
+    all_images = {"easy_share": 0.0} if module is mini_vit_augment else {}
+    model, adversarial = trained_on(module, images, labels, adversarial=0.01, **all_images)
     change = adversarial - images / 255
     torch.testing.assert_close(change.abs(), torch.full_like(change, 0.01))
     before, after, opposite = (
@@ -170,7 +169,7 @@ def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
 
 
 def test_weight_decay_is_for_matrices_only_and_both_groups_share_the_learning_rate(module):
-    config = module.Config(n_layers=1, n_head=8, d_head=100, n_embd=800)
+    config = small_config(module)
     matrices, others = module.Trainer(config, torch.device("cpu"), 1, {}).optimizer.param_groups
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
     assert (matrices["weight_decay"], others["weight_decay"]) == (config.weight_decay, 0)
@@ -178,14 +177,14 @@ def test_weight_decay_is_for_matrices_only_and_both_groups_share_the_learning_ra
 
 
 def test_precision_follows_the_device_or_the_flag(module, default_precision):
-    small = {"n_layers": 1, "n_head": 8, "d_head": 100, "n_embd": 800}
     made_for_it = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "float32"
     for precision, expected in {"auto": made_for_it, "float32": "float32", "bfloat16": "bfloat16"}.items():
-        model = module.Trainer(module.Config(**small, precision=precision), torch.device("cpu"), 1, {}).model
+        model = module.Trainer(small_config(module, precision=precision), torch.device("cpu"), 1, {}).model
         assert model.precision == expected
         assert model(torch.rand(2, 784)).dtype == torch.float32  # logits and weights always are
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-    layer, x = model.blocks[0].ff[0], torch.randn(512, 800)
+    layer = model.blocks[0].ff[0]
+    x = torch.randn(512, layer.in_features)
     exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
     assert (layer(x) - exact).norm() < 1e-5 * exact.norm()  # float32 keeps its precision; bfloat16: 3e-3
 

@@ -7,15 +7,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, SHORT, TINY, rows
+from conftest import ROOT, SCRIPTS, SHORT, STILL, TINY, rows
 
-LINES = {"mini_vit": 480, "mini_vit_concat": 490, "mini_vit_augment": 580, "look": 340}
+LINES = {"mini_vit": 480, "mini_vit_concat": 490, "mini_vit_augment": 580, "vit": 500, "look": 340, "digits": 340}
 # What each experiment changes in mini_vit.py: everything else must be the same text.
 MAY_DIFFER = {
     "mini_vit_concat": {"__doc__", "Config", "Config.__post_init__", "Transformer.__init__", "Transformer.forward"},
     "mini_vit_augment": {"__doc__", "imports", "Config", "Config.__post_init__", "training_batches", "Trainer.step"},
 }
+MAY_DIFFER["vit"] = MAY_DIFFER["mini_vit_concat"] | {"training_batches", "Block.__init__"}
+MAY_DIFFER["vit"] |= {"MultiHead.__init__", "MultiHead.forward", "weighted_sums", "scalar_attention"}
+MAY_DIFFER["vit"] |= {"RankOneAttention", "RankOneAttention.forward", "RankOneAttention.backward"}
 ADDED = {
+    "vit": {"ELASTIC_BASIS", "augment"},
     "mini_vit_concat": set(),
     "mini_vit_augment": {
         "ELASTIC_BASIS",
@@ -61,7 +65,13 @@ def test_the_diff_is_the_experiment(other):
     base, theirs = definitions("mini_vit"), definitions(other)
     assert {name for name in base if base[name] != theirs.get(name)} == MAY_DIFFER[other]
     assert theirs.keys() - base.keys() == ADDED[other]
-    assert [name for name in theirs if name in base] == list(base), "shared definitions must keep their order"
+    in_both = [name for name in base if name in theirs]
+    assert [name for name in theirs if name in base] == in_both, "shared definitions must keep their order"
+
+
+def test_two_scripts_that_augment_do_it_alike():
+    for name in ADDED["vit"]:
+        assert definitions("vit")[name] == definitions("mini_vit_augment")[name]
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])
@@ -69,7 +79,8 @@ def test_shared_hyperparameters_keep_name_type_and_order(other):
     def names(script):
         return re.findall(r"^    (\w+: \w+) =", definitions(script)["Config"], re.MULTILINE)
 
-    assert [name for name in names(other) if name in names("mini_vit")] == names("mini_vit")
+    shared = [name for name in names("mini_vit") if other != "vit" or name != "d_head: int"]
+    assert [name for name in names(other) if name in names("mini_vit")] == shared
 
 
 @pytest.mark.parametrize("script", LINES)
@@ -85,7 +96,7 @@ def test_a_reader_can_hold_it(script):
 
 
 def test_no_script_imports_another(script):
-    assert not re.search("mini_vit|look|reference|conftest", definitions(script)["imports"])
+    assert not re.search(r"mini_vit|\bvit\b|look|reference|conftest", definitions(script)["imports"])
 
 
 def test_it_learns(script, run, tmp_path):
@@ -95,8 +106,10 @@ def test_it_learns(script, run, tmp_path):
         shape = [*TINY[script], "--adversarial", "0"]  # 16 features and 150 steps are too few for adversarial images
     elif script == "mini_vit_augment":
         shape += ["--easy_share", "0"]  # 150 steps are too few to learn the hardest images
-    flags = "--subset 1500 --batch_size 50 --max_iters 150 --eval_interval 75 --warmup_iters 10 --learning_rate 5e-4"
-    result = run(script, *shape, *flags.split(), "--device", "cpu")
+    elif script == "vit":
+        shape = ["--patch_size", "7", *STILL]
+    flags = "--subset 1500 --batch_size 50 --max_iters 150 --eval_interval 75 --warmup_iters 10 --device cpu"
+    result = run(script, "--learning_rate", "1e-3" if script == "vit" else "5e-4", *shape, *flags.split())
     lines = result.stdout.splitlines()
     correct = int(re.fullmatch(r"accuracy: (\d+\.\d\d)% \((\d+) of 1500\)", lines[-1])[2])
     assert correct > 1050  # 150 is chance

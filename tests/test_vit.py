@@ -1,0 +1,77 @@
+"""vit.py is the Vision Transformer of the paper: it computes what torchvision's computes."""
+
+import pytest
+import torch
+from conftest import one_line
+from torchvision.models import VisionTransformer, vit_b_16
+
+import vit
+
+NAMES = {
+    "encoder.pos_embedding": "position",
+    "encoder.layers.encoder_layer_": "blocks.",
+    "encoder.ln": "ln",
+    "conv_proj": "embed",
+    "heads.head": "head",
+    "ln_1": "ln1",
+    "ln_2": "ln2",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "mlp.0": "ff.0",
+    "mlp.3": "ff.2",
+}
+
+
+def renamed(weights: dict) -> dict:
+    """Return the weights of torchvision's VisionTransformer as vit.py names and shapes them."""
+    ours = {}
+    for name, value in weights.items():
+        for theirs, new in NAMES.items():
+            name = name.replace(theirs, new)
+        ours[name] = value
+    ours["embed.weight"] = ours["embed.weight"].flatten(1)  # a convolution's (n_embd, channels, patch, patch)
+    return ours | {"class_token": ours["class_token"].flatten(), "position": ours["position"][0]}
+
+
+def randomized(model: torch.nn.Module, size: float) -> torch.nn.Module:
+    """Return the model with random weights, another seed for each tensor, none of them left at 0 or 1."""
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = size * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) + 0.02
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", ["ViT-B/16", "small"])
+def test_it_computes_torchvision_s_logits(size):
+    if size == "small":
+        theirs = VisionTransformer(image_size=30, patch_size=5, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=192)
+        shape, spread = {"image_size": 30, "patch_size": 5, "n_layers": 3, "n_head": 3, "n_embd": 48}, 0.2
+    else:
+        theirs = vit_b_16(weights=None)
+        shape, spread = {"image_size": 224, "patch_size": 16, "n_layers": 12, "n_head": 12, "n_embd": 768}, 0.05
+    ours = vit.Transformer(vit.Config(channels=3, classes=1000, precision="float32", **shape)).eval()
+    ours.load_state_dict(renamed(randomized(theirs, spread).state_dict()))
+    images = torch.rand(2, 3, shape["image_size"], shape["image_size"])
+    with torch.no_grad():
+        expected = theirs(images)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-3
+    if size == "ViT-B/16":
+        assert sum(p.numel() for p in ours.parameters()) == 86_567_656
+
+
+@pytest.mark.parametrize("n_tokens", [2, 17])
+def test_attention_on_a_gpu_is_attention_on_a_cpu(n_tokens):
+    """CUDA takes another way through MultiHead; tell it that this CPU tensor is on a GPU."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    attention, x = vit.MultiHead(vit.Config(n_head=4, n_embd=32)), torch.randn(3, n_tokens, 32)
+    with torch.no_grad():
+        there = attention(x.as_subclass(OnGPU)).as_subclass(torch.Tensor)
+        torch.testing.assert_close(attention(x), there)
+
+
+@pytest.mark.parametrize("flags", ["--patch_size 5", "--n_head 5", "--patch_size 29", "--channels 0"])
+def test_shapes_that_do_not_fit_are_one_line(flags, main):
+    one_line(main("vit", *flags.split(), status=2), flags.split()[0][2:])

@@ -1,0 +1,476 @@
+"""The full Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929), trained on MNIST.
+
+    python vit.py             # train, on a GPU if there is one; flags and torchrun as in mini_vit.py
+    diff mini_vit.py vit.py   # what makes a ViT a ViT
+
+Patches of an image are its tokens; attention works among them. With ViT-B/16's settings it has 86,567,656 parameters
+and, given torchvision's weights, computes torchvision's logits. The settings below are for MNIST.
+"""
+
+import argparse
+import ctypes
+import gzip
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+SAVE_SECONDS = 300  # the most training time that a crash may cost
+SIGNALS = []  # the Ctrl-C or SIGTERM that training has got
+ERROR = f"{SCRIPT}.py: error:"  # how the last line of a run that failed begins
+
+
+# ---------------------------------------------------------------------------- hyperparameters: each is also a flag
+@dataclass
+class Config:
+    batch_size: int = 128  # images per optimizer step, over all processes; lower it when memory runs out
+    max_iters: int = 6000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    eval_interval: int = 500  # optimizer steps between two evaluations
+    learning_rate: float = 1e-3  # peak of AdamW's
+    warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
+    weight_decay: float = 0.05  # AdamW's, on matrices only
+    beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 because runs are short
+    grad_clip: float = 1.0  # largest norm of the gradient
+    dropout: float = 0.0  # of the embedding, after attention and after feed-forward, in every block
+    adversarial: float = 0.0  # how far each pixel of a training image is moved to raise the loss; 0 is faster
+    rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
+    scaling: float = 0.15  # augmentation: largest change of width and of height, as a share
+    shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
+    translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
+    elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
+    image_size: int = 28  # pixels along each side of an image
+    patch_size: int = 4  # pixels along each side of a patch, which is one token; must divide image_size
+    channels: int = 1  # of an image
+    classes: int = 10  # logits
+    n_head: int = 4  # attention heads; must divide n_embd
+    n_embd: int = 96  # features of one token
+    n_layers: int = 6  # blocks
+    first_layers: int = 1  # blocks in use at first
+    growth: float = 0.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
+    seed: int = 1  # of weights, order of images and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
+    precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the hardware has it
+    compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
+    data_dir: str = str(Path(__file__).with_name("data"))  # holds MNIST/raw/*.gz
+    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; if this default holds a run, the next free -2, -3, ...
+    subset: int = 0  # train and test on the first so many images of each set; 0 is all
+    holdout: int = 0  # test on so many last training images, kept out of training, not on the test set
+
+    def __post_init__(self):
+        """Raise ValueError, one line that names the field, for a value that breaks a rule."""
+        may_be_0 = "warmup_iters weight_decay beta2 dropout adversarial growth seed subset holdout".split()
+        may_be_0 += "rotation scaling shear translation elastic".split()
+        choices = {"precision": "auto float32 bfloat16", "compile": "auto on off"}
+        for name, value in asdict(self).items():
+            if name in choices and str(value) not in choices[name].split():
+                raise ValueError(f"{name} must be {' or '.join(choices[name].split())}, not {value}")
+            below = 1 if name in ("beta2", "dropout") else 2**63
+            if type(value) is not str and not (0 <= value < below and (value or name in may_be_0)):
+                raise ValueError(f"{name} can't be {value}")
+        for part, whole in (("patch_size", "image_size"), ("n_head", "n_embd")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{part} {getattr(self, part)} doesn't divide {whole} {getattr(self, whole)}")
+
+
+# ---------------------------------------------------------------------------- data
+def load_mnist(config: Config) -> tuple[Tensor, ...]:
+    """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
+    sets = []
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        path = Path(config.data_dir, "MNIST", "raw", f"{name}-ubyte.gz").expanduser()
+        with explained(f"can't read {path}; restore the archive or set --data_dir"):  # gzip checks its CRC
+            content = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)
+        data = content[16:].view(-1, 784) if "images" in name else content[8:].long()  # behind the header
+        sets.append(data[: config.subset or None])
+    n = len(sets[0]) - config.holdout  # images to train on
+    if n < 1:
+        sys.exit(f"{ERROR} holdout {config.holdout} leaves none of the {len(sets[0])} training images")
+    return *(x[:n] for x in sets[:2]), *((x[n:] for x in sets[:2]) if config.holdout else sets[2:])
+
+
+def shuffled_indices(n_images: int, config: Config, start: int) -> Iterator[Tensor]:
+    """Yield the indices (batch_size,) of each step after `start`, which depend on seed and step alone."""
+    n_pass, skip = divmod(start * config.batch_size, n_images)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(start, config.max_iters):
+        while len(order) < config.batch_size:  # each pass takes each image once
+            generator = torch.Generator().manual_seed(hash((config.seed, n_pass)))
+            order = torch.cat([order, torch.randperm(n_images, generator=generator)[skip:]])
+            n_pass, skip = n_pass + 1, 0
+        yield order[: config.batch_size]
+        order = order[config.batch_size :]
+
+
+def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Return images (B, 784) uint8, each moved, and bent (elastic deformation: Simard et al. 2003), at random."""
+
+    def uniform(limit: float) -> Tensor:
+        return limit * (2 * torch.rand(len(images), generator=generator) - 1)
+
+    angle, shear = torch.deg2rad(uniform(config.rotation)), uniform(config.shear)
+    cos, sin, wide, high = angle.cos(), angle.sin(), 1 + uniform(config.scaling), 1 + uniform(config.scaling)
+    shift_x, shift_y = uniform(config.translation / 14), uniform(config.translation / 14)  # the image is 2 wide
+    x = torch.stack([cos / wide, (sin + shear * cos) / high, shift_x], -1)
+    y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
+    theta = torch.stack([x, y], 1)  # (B, 2, 3)
+    affine = F.affine_grid(torch.eye(2, 3)[None], (1, 1, 28, 28), align_corners=False).view(784, 2)
+    basis = torch.cat([F.pad(affine, (0, 1), value=1.0), ELASTIC_BASIS], -1)  # (784, 3 + 25)
+    bending = torch.randn(len(images), 2, 25, generator=generator) * config.elastic / 14  # of 5 x 5 control points
+    grid = torch.cat([theta, bending], -1) @ basis.T  # (B, 2, 784): where each pixel comes from
+    grid = grid.mT.view(-1, 28, 28, 2)
+    moved = F.grid_sample(images.view(-1, 1, 28, 28).float(), grid, "bicubic", align_corners=False)  # bilinear blurs
+    return moved.round().clamp(0, 255).to(torch.uint8).flatten(1)
+
+
+ELASTIC_BASIS = F.interpolate(torch.eye(25).view(1, 25, 5, 5), size=(28, 28), mode="bicubic").view(25, 784).T
+
+
+def training_batches(images: Tensor, labels: Tensor, config: Config, start: int, device, rank, world) -> Iterator:
+    """Yield this process's share, (images, labels) on the device, of the augmented batch of each step after `start`."""
+    for step, indices in enumerate(shuffled_indices(len(images), config, start), start):
+        share = indices[rank::world]
+        generator = torch.Generator().manual_seed(hash((config.seed, step, rank)))
+        yield augment(images[share], config, generator).to(device), labels[share].to(device)
+
+
+# ---------------------------------------------------------------------------- model
+class MultiHead(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj, self.dropout = nn.Linear(config.n_embd, config.n_embd), nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, tokens, n_embd)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, n_head, tokens, d_head)
+        if x.is_cuda:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:  # the same, spelled out: faster on a CPU
+            out = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, config: Config):
+        up, down = nn.Linear(config.n_embd, 4 * config.n_embd), nn.Linear(4 * config.n_embd, config.n_embd)
+        super().__init__(up, nn.GELU(), down, nn.Dropout(config.dropout))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln1, self.attn = nn.LayerNorm(config.n_embd, 1e-6), MultiHead(config)
+        self.ln2, self.ff = nn.LayerNorm(config.n_embd, 1e-6), FeedForward(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.ff(self.ln2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.image = config.channels, config.image_size, config.image_size
+        self.patch_size, n_patches = config.patch_size, (config.image_size // config.patch_size) ** 2
+        self.embed = nn.Linear(config.channels * config.patch_size**2, config.n_embd)
+        self.class_token, self.dropout = nn.Parameter(torch.zeros(config.n_embd)), nn.Dropout(config.dropout)
+        self.position = nn.Parameter(torch.zeros(1 + n_patches, config.n_embd))  # of the class token and of each patch
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.depth, self.precision = config.n_layers, config.precision  # blocks in use; type of matrix products
+        self.ln, self.head = nn.LayerNorm(config.n_embd, 1e-6), nn.Linear(config.n_embd, config.classes)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # what writes into the residual stream starts smaller, as in GPT-2
+                writes = name.endswith(("proj.weight", "ff.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if writes else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes) of images, uint8 or pixels in [0, 1], (B, channels · image_size²) in any shape."""
+        pixels = images / 255 if images.dtype == torch.uint8 else images
+        x = F.unfold(pixels.reshape(-1, *self.image), self.patch_size, stride=self.patch_size).mT
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            x = self.embed(x).to(x.dtype)  # under autocast, the residual stream stays float32
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1) + self.position
+            x = self.dropout(x)  # (B, 1 + patches, n_embd)
+            for block in self.blocks[: self.depth]:
+                x = block(x)
+            return self.head(self.ln(x[:, 0])).float()
+
+
+# ---------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 2000) -> tuple[float, Tensor]:
+    """Return the mean cross-entropy and the probabilities (N, 10), in eval mode, each of N images counted once."""
+    logits = torch.cat([model.eval()(part) for part in images.split(batch_size)])
+    model.train()
+    return F.cross_entropy(logits, labels).item(), logits.softmax(-1)
+
+
+def log_evaluation(model: Transformer, images: Tensor, labels: Tensor, state: dict, path: Path) -> Tensor:
+    """Evaluate, add a row to the log in `state`, print and write it, and return the probabilities (N, 10)."""
+    test_loss, probabilities = evaluate(model, images, labels)
+    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
+    steps, seconds = (state[name] - (state["log"][-1][name] if state["log"] else 0) for name in ("iter", "seconds"))
+    speed, train_loss = steps * state["config"]["batch_size"] / seconds, state["loss_sum"].item() / steps
+    row = {"iter": state["iter"], "learning_rate": state["learning_rate"], "train_loss": train_loss}
+    row |= {"test_loss": test_loss, "test_accuracy": accuracy, "images_per_second": speed, "seconds": state["seconds"]}
+    state["log"].append(row)
+    state["loss_sum"].zero_()
+    losses = f"train loss {train_loss:.4f}, test loss {test_loss:.4f}, test accuracy {accuracy:.2%}"
+    tqdm.write(f"step {state['iter']}: {losses}, {speed:.0f} images/s, {state['seconds']:.0f} s")
+    lines = [",".join(map(str, line)) + "\n" for line in (row, *(row.values() for row in state["log"]))]
+    try:
+        write(path, "".join(lines))
+    except SystemExit as error:  # a spreadsheet may have it open
+        tqdm.write(f"{error}; the next evaluation will try again")
+    return probabilities
+
+
+def print_results(probabilities: Tensor, labels: Tensor, config: Config, out: Path) -> None:
+    """Print the three likeliest labels of ten random test digits, how to see more, and the accuracy."""
+    for i in torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))[:10].tolist():
+        likeliest = [f"{digit}: {p:7.2%}" for p, digit in zip(*probabilities[i].topk(3), strict=True)]
+        print(f"test digit {i:5d} is a {labels[i]}, the model says", *likeliest, sep="   ")
+    print(f"to see what it has learned: python look.py {shlex.quote(str(out))}")
+    correct = int((probabilities.argmax(-1) == labels).sum())
+    print(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
+
+
+# ---------------------------------------------------------------------------- training
+def set_up(config: Config) -> tuple[torch.device, int, int]:
+    """Return the device, this process's rank and the number of processes, joined if torchrun started them."""
+    name, rank, world = config.device, 0, 1
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dist.is_torchelastic_launched():  # if not, RANK and WORLD_SIZE are a cluster's and mean nothing here
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name.startswith("cuda") else name
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else None  # print is silent then
+    with explained(f"device {name} can't be used"):
+        device = torch.tensor(torch.zeros(1, device=name).item(), device=name).device
+    if config.batch_size % world:
+        sys.exit(f"{ERROR} batch_size {config.batch_size} can't be split evenly over {world} processes")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX, then M_TRIM_THRESHOLD: glibc keeps freed memory for the next step, since
+        glibc.mallopt(-1, -1)  # getting it anew from the system costs page faults
+    return device, rank, world
+
+
+def schedule(step: int, config: Config) -> tuple[float, int]:
+    """Return a step's learning rate (linear warmup, then cosine decay to 0 at max_iters) and its blocks in use."""
+    rate = config.learning_rate * (step + 1) / max(1, config.warmup_iters)
+    if step >= config.warmup_iters:
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
+    return rate, min(max(config.first_layers, blocks), config.n_layers)
+
+
+class Trainer:  # the model, its optimizer, and the step that trains it
+    def __init__(self, config: Config, device: torch.device, world: int, state: dict):
+        torch.manual_seed(config.seed)
+        self.config, self.model, cuda = config, Transformer(config).to(device), device.type == "cuda"
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        if config.precision == "auto":  # where the hardware is made for bfloat16: old GPUs only emulate it
+            native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu.get("avx512_bf16")
+            self.model.precision = "bfloat16" if native else "float32"
+        onednn_beats_mkl = self.model.precision == "float32" and cpu.get("avx512_bf16") and not cpu.get("amx_tile")
+        torch.set_float32_matmul_precision("high" if cuda else "medium" if onednn_beats_mkl else "highest")
+        matrices, others = ([p for p in self.model.parameters() if (p.dim() > 1) == is_so] for is_so in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        rate = torch.zeros((), device=device)  # in a tensor, which a CUDA graph reads at each replay
+        self.optimizer = torch.optim.AdamW(groups, rate, (0.9, config.beta2), fused=True, capturable=cuda)
+        if "model" in state:
+            with explained(f"the saved weights don't fit the Transformer in {SCRIPT}.py: was it changed since?"):
+                self.model.load_state_dict(state.pop("model"))
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state.pop("optimizer")})
+        if config.compile == "on" or (config.compile == "auto" and cuda):
+            try:
+                torch.compile(torch.sin)(torch.zeros(1, device=device))
+                for block in self.model.blocks:  # one by one: they share their code, so the compiler works once
+                    block.compile(dynamic=False)
+            except Exception as error:
+                print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
+        self.recorded, self.depth, self.parallel = cuda and world == 1, 0, self.model
+        if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+            warnings.filterwarnings("ignore", "find_unused_parameters")  # what DDP says once all blocks are in use
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.config.adversarial:  # the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572)
+            pixels = (images / 255).requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(pixels), labels), pixels)
+            images = (pixels + self.config.adversarial * gradient.sign()).detach()
+        loss = F.cross_entropy(self.parallel(images), labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach() + 0 * norm
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.depth != self.model.depth:
+            self.depth, self.calls, self.graph = self.model.depth, 0, None
+        self.calls += 1
+        if self.calls <= 3 or not self.recorded:  # three usual steps compile, and make AdamW's averages
+            return self.step(images, labels)
+        if not self.graph:
+            self.batch, self.graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may pin memory
+                self.loss = self.step(*self.batch)
+        self.batch[0].copy_(images)
+        self.batch[1].copy_(labels)
+        self.graph.replay()
+        return self.loss
+
+
+def train(config: Config, state: dict) -> int:
+    """Train from `state` on, a saved run's or {} for a new one, and print the results; return the exit status."""
+    device, rank, world = set_up(config)
+    train_images, train_labels, *test_set = load_mnist(config)
+    trainer, out = Trainer(config, device, world, state), Path(config.out_dir) if state else None
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device: {device} ({kind}), {trainer.model.precision}" + f", {world} processes" * (world > 1))
+    print(f"parameters: {sum(p.numel() for p in trainer.model.parameters()):,}")
+    state = {"script": SCRIPT, "iter": 0, "depth": 1, "log": [], "seconds": 0.0, "loss_sum": torch.zeros(())} | state
+    state |= {"config": asdict(config), "model": trainer.model.state_dict(), "loss_sum": state["loss_sum"].to(device)}
+    batches = training_batches(train_images, train_labels, config, state["iter"], device, rank, world)
+    last_save, began = time.perf_counter(), time.perf_counter() - state["seconds"]
+    with tqdm(batches, initial=state["iter"], total=config.max_iters, disable=None if rank == 0 else True) as bar:
+        for step, (images, labels) in enumerate(bar, state["iter"] + 1):
+            torch.manual_seed(hash((config.seed, step, rank)))  # dropout depends on the step alone: resuming is exact
+            rate, blocks = schedule(step, config)
+            trainer.optimizer.param_groups[0]["lr"].fill_(rate)  # the groups share it
+            trainer.model.depth = max(state["depth"], blocks)  # a run made longer keeps the blocks it has
+            loss, stopped = trainer(images, labels), torch.tensor(max(SIGNALS, default=0))
+            if world > 1:
+                dist.all_reduce(loss.div_(world))
+                dist.all_reduce(stopped, dist.ReduceOp.MAX)  # on the CPU: reading it doesn't wait for the GPU
+            state["loss_sum"] += loss
+            state |= {"iter": step, "learning_rate": rate, "depth": trainer.model.depth}
+            if rank == 0 and not out:  # only now: a start that fails leaves nothing behind
+                out = new_folder(config)
+            evaluating = step % config.eval_interval == 0 or step == config.max_iters
+            if step % 10 and not evaluating and not stopped:
+                continue  # looking at the loss makes the CPU wait for the GPU
+            if not state["loss_sum"].isfinite():
+                sys.exit(f"{ERROR} the loss is not finite at step {step}: lower learning_rate; no checkpoint is harmed")
+            state["seconds"] = time.perf_counter() - began
+            bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
+            if evaluating and rank == 0:
+                probabilities = log_evaluation(trainer.model, *(x.to(device) for x in test_set), state, out / "log.csv")
+            if rank == 0 and time.perf_counter() - last_save > SAVE_SECONDS:
+                write(out / "checkpoint.pt", state | {"optimizer": trainer.optimizer.state_dict()["state"]})
+                last_save = time.perf_counter()
+            if stopped:
+                break
+    if rank == 0 and state["iter"] == config.max_iters:
+        write(out / "model.pt", state)
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        print_results(probabilities.cpu(), test_set[1], config, out)
+    elif rank == 0:
+        write(out / "checkpoint.pt", state | {"optimizer": trainer.optimizer.state_dict()["state"]})
+        launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+        print(f"stopped; to go on: {launch} {shlex.quote(sys.argv[0])} --resume --out_dir {shlex.quote(str(out))}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if state["iter"] == config.max_iters else 128 + max(SIGNALS, default=signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------- files
+@contextmanager
+def explained(message: str, pattern: str = "") -> Iterator[None]:
+    """Turn an error whose text matches the pattern into one line: the message, and what the error says."""
+    try:
+        yield
+    except Exception as error:
+        if not re.search(pattern, repr(error)):
+            raise
+        sys.exit(f"{ERROR} {message} ({str(error).partition(chr(10))[0] or type(error).__name__})")
+
+
+def write(path: Path, content: dict | str) -> None:
+    """Write a state or a text so that neither a reader nor a crash ever meets half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with explained(f"can't write {path}"):
+        try:
+            temporary.write_text(content, newline="\n") if isinstance(content, str) else torch.save(content, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def new_folder(config: Config) -> Path:
+    """Make and return a new run's folder: out_dir or, where that default holds a run, the next free -2, -3, ..."""
+    for suffix in ["", *(f"-{n}" for n in range(2, 1000))]:
+        out = Path(config.out_dir + suffix).expanduser()
+        with explained(f"can't write into {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            if not (out / "log.csv").exists():
+                (out / "log.csv").touch(exist_ok=False)  # of two runs that start at once, one gets the folder
+                return out
+        if config.out_dir != Config.out_dir:
+            sys.exit(f"{ERROR} {out} holds a run: continue it with --resume, or choose another --out_dir")
+        print(f"{out} holds a run; trying the next")
+
+
+def saved_run(given: dict) -> tuple[Config, dict]:
+    """Return config and state of the checkpoint in out_dir or, if none is given, of the run that was stopped last."""
+    out = Path(given.get("out_dir", Config.out_dir)).expanduser()
+    folders = [out] if "out_dir" in given else [out, *out.parent.glob(f"{out.name}-*")]
+    path = max((f / "checkpoint.pt" for f in folders), key=lambda path: path.exists() and path.stat().st_mtime)
+    with explained(f"{path} is missing, damaged, or not from this version of {SCRIPT}.py"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config = Config(**state["config"] | given | {"out_dir": str(path.parent)})
+        if state["script"] != SCRIPT:
+            raise ValueError(f"it is from {state['script']}.py")
+    for name in given.keys() - "max_iters eval_interval device precision compile data_dir out_dir num_workers".split():
+        if given[name] != state["config"][name]:
+            sys.exit(f"{ERROR} --{name} can't change on --resume: {path} has {state['config'][name]}")
+    if state["iter"] >= config.max_iters:
+        sys.exit(f"{ERROR} {path} has {state['iter']} steps already: raise --max_iters")
+    return config, state
+
+
+# ---------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops training after the step, the second at once
+        signal.signal(number, lambda number, _: (SIGNALS.append(number), signal.signal(number, signal.SIG_DFL)))
+    sys.stdout.reconfigure(line_buffering=True)  # each line is seen when it is printed, also in a file
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="continue the run in out_dir, or the one stopped last")
+    for f in fields(Config):
+        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=f.type, default=argparse.SUPPRESS, help=text, metavar=f.type.__name__)
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume")
+    try:
+        config = Config(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    with explained("out of memory: lower batch_size", "MemoryError|(allocate|out of) memory"):
+        return train(*saved_run(given) if resume else (config, {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
