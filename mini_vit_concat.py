@@ -279,9 +279,9 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         sys.exit(f"{ERROR} batch_size {config.batch_size} can't be split evenly over {world} processes")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux" and hasattr(glibc := ctypes.CDLL(None), "mallopt"):
-        glibc.mallopt(-4, 0)  # M_MMAP_MAX, then M_TRIM_THRESHOLD: glibc keeps freed memory for the next step, since
-        glibc.mallopt(-1, -1)  # getting it anew from the system costs page faults
+    elif sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX, then M_TRIM_THRESHOLD: glibc keeps freed memory for the next
+        ctypes.CDLL(None).mallopt(-1, -1)  # step, since getting it anew from the system costs page faults
     return device, rank, world
 
 

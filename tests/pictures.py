@@ -9,8 +9,8 @@ from scipy import ndimage
 PAPER, PEN = np.float32([0.9, 0.86, 0.75]), np.float32([0.16, 0.2, 0.5])
 KINDS = (
     "plain inverted as_mnist tiny transparent cropped photograph noisy thick chalkboard "
-    "cmyk lab gray16 float one_bit palette frame1 frame20 box desk desk_turned desk_partly vignette shadow "
-    "specks ruled ruled_tilted squared baseline ballpoint ballpoint_photo pencil dashed"
+    "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned desk_partly vignette "
+    "shadow specks ruled ruled_tilted squared baseline ballpoint ballpoint_photo pencil dashed"
 ).split()
 CHANCY = ("cropped", "dashed", "tiny", "pencil", "desk_turned", "shadow")  # where a person, too, may err
 
@@ -132,7 +132,7 @@ def draw_stored(ink: np.ndarray, kind: str) -> Image.Image:
         "float": lambda: Image.fromarray((1 - 0.8 * ink) * 3.7),
         "one_bit": lambda: gray.convert("1"),
         "palette": lambda: colour.convert("P"),
-    }[kind]()
+    }.get(kind, lambda: colour)()
 
 
 def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:

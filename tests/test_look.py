@@ -19,6 +19,7 @@ import look
 import mini_vit
 
 RUN = [*TINY["mini_vit"], *SHORT]
+FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gif", "avif": "avif"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def read(model, picture: Image.Image, path) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_digit_is_read_from_any_kind_of_picture(kind, trained, tmp_path):
     model, images, labels = trained
-    rng, suffix = random.Random(kind), {"cmyk": "tif", "lab": "tif", "float": "tif"}.get(kind, "png")
+    rng, suffix = random.Random(kind), FILES.get(kind, "png")
     right = 0
     for image, label in zip(images[:20], labels[:20].tolist(), strict=True):
         with contextlib.suppress(ValueError):
@@ -69,6 +70,15 @@ def test_there_is_nothing_in_a_blank_sheet(kind, tmp_path):
         digits.read_digits(str(tmp_path / "blank.png"))
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_broken_exif_block_is_ignored(suffix, trained, tmp_path):
+    model, images, labels = trained
+    picture = draw(images[0].view(28, 28).numpy(), "photograph", random.Random(1))
+    picture.save(tmp_path / f"digit.{suffix}", exif=b"Exif\x00\x00not at all")
+    (digit,) = digits.read_digits(str(tmp_path / f"digit.{suffix}"))
+    assert model(digit[None]).argmax(-1) == labels[0]
+
+
 def test_mnist_images_come_back_nearly_unchanged(trained, tmp_path):
     distances = []
     for image in trained[1][:100]:
@@ -87,6 +97,7 @@ def looking(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
 def test_a_finished_run(script, main, tmp_path):
     main(script, *TINY[script], *SHORT, "--out_dir", "runs/mine")
     notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     result = looking(cwd=tmp_path, **notebook)
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
