@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -409,10 +408,8 @@ class Trainer:  # the model, its optimizer, and the step that trains it
                     block.compile(dynamic=False)
             except Exception as error:
                 print(f"going on without torch.compile, which can't work here: {str(error).splitlines()[0]}")
-        self.recorded, self.depth, self.parallel = cuda and world == 1, 0, self.model
-        if world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
-            self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
-            warnings.filterwarnings("ignore", "find_unused_parameters")  # what DDP says once all blocks are in use
+        self.world, self.parallel = world, self.model
+        self.recorded, self.depth = cuda and world == 1, 0
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.config.easy_share:  # most images soon teach nothing more (ordered SGD: Kawaguchi and Lu 2020)
@@ -434,6 +431,9 @@ class Trainer:  # the model, its optimizer, and the step that trains it
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.depth != self.model.depth:
             self.depth, self.calls, self.graph = self.model.depth, 0, None
+            if self.world > 1:  # blocks that are not in use yet get no gradient: DDP must not wait for one
+                unused = self.depth < len(self.model.blocks)
+                self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=unused)
         self.calls += 1
         if self.calls <= 3 or not self.recorded:  # three usual steps compile, and make AdamW's averages
             return self.step(images, labels)
@@ -525,7 +525,7 @@ def write(path: Path, content: dict | str) -> None:
 
 def new_folder(config: Config) -> Path:
     """Make and return a new run's folder: out_dir or, where that default holds a run, the next free -2, -3, ..."""
-    for suffix in ["", *(f"-{n}" for n in range(2, 1000))]:
+    for suffix in ["", *(f"-{n}" for n in range(2, 10_000))]:
         out = Path(config.out_dir + suffix).expanduser()
         with explained(f"can't write into {out}"):
             out.mkdir(parents=True, exist_ok=True)
