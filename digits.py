@@ -143,37 +143,38 @@ def without_rows(ink: np.ndarray) -> np.ndarray:
     return np.where(lines, np.minimum(crossing, ink), ink)
 
 
-def find_digits(ink: np.ndarray) -> list[np.ndarray]:
-    """Return the ink of each digit in a picture, from left to right, without dust and what hugs the border."""
+def find_parts(ink: np.ndarray) -> tuple[list[np.ndarray], float]:
+    """Return masks of ink that belongs together, the largest first, without dust and what hugs the border, and the
+    width of a stroke in pixels, roughly."""
     labels, n = ndimage.label(ink > 0, np.ones((3, 3)))
     if not n:
         raise ValueError("there is nothing in it")
     areas = np.bincount(labels.flat, minlength=n + 1)[1:]
-    width = 2 * np.median(ndimage.distance_transform_edt(ink > 0)[ink > 0]) + 1  # of the strokes, roughly
-    edge = [
-        max((labels[side] == i).mean() for side in ((0,), (-1,), (slice(None), 0), (slice(None), -1)))
-        for i in range(1, n + 1)
-    ]
-    inner = areas * (np.array(edge) < 0.25)
-    keep = inner if inner.max(initial=0) > 0.1 * areas.max() else areas
+    width = 2 * np.median(ndimage.distance_transform_edt(ink > 0)[ink > 0]) + 1
+    sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
+    hugging = np.array([max((side == i).mean() for side in sides) > 0.25 for i in range(1, n + 1)])
+    inner = areas * ~hugging
+    keep = inner if inner.max() > 0.1 * areas.max() else areas  # a digit may fill the picture from side to side
     keep = keep > 0.02 * keep.max()
     kept = np.isin(labels, 1 + np.nonzero(keep)[0])
     dashed = keep.sum() > 3 and areas[keep].max() < 0.5 * areas[keep].sum()
     reach = 0.04 * max(np.ptp(axis) for axis in kept.nonzero()) if dashed else 0.6 * width
     near, n = ndimage.label(ndimage.distance_transform_edt(~kept) <= reach)
-    parts = []  # left, right, top, bottom, area, mask
-    for i in range(1, n + 1):
-        mask = kept & (near == i)
+    return sorted((kept & (near == i) for i in range(1, n + 1)), key=lambda mask: -mask.sum()), width
+
+
+def find_digits(ink: np.ndarray) -> list[np.ndarray]:
+    """Return the ink of each digit in a picture, from left to right. Raise ValueError if there are none."""
+    parts, width = find_parts(ink)
+    digits = []  # left, right, top, bottom, mask
+    for mask in parts:
         rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        parts.append([columns[0], columns[-1] + 1, rows[0], rows[-1] + 1, mask])
-    parts.sort(key=lambda part: -part[-1].sum())
-    digits = []
-    for left, right, top, bottom, mask in parts:
+        left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
         if max(right - left, bottom - top) < max(5, 0.03 * max(ink.shape)):
             continue
         tall = bottom - top > 0.5 * max([d[3] - d[2] for d in digits], default=0)
         tall = tall and mask.sum() > 0.1 * max([d[-1].sum() for d in digits], default=0)
-        for d in digits:
+        for d in digits:  # a part above or below a digit, or a small one beside it, belongs to it
             overlap = min(right, d[1]) - max(left, d[0])
             if overlap > 0.4 * min(right - left, d[1] - d[0]) or (not tall and overlap > -2 * width):
                 if mask.sum() > 0.03 * d[-1].sum():
