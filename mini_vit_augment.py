@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 300  # the most training time that a crash may cost
-SIGNALS = []  # the Ctrl-C or SIGTERM that training has got
-ERROR = f"{SCRIPT}.py: error:"  # how the last line of a run that failed begins
+SIGNALS = []  # Ctrl-C or SIGTERM, once training has received one
+ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 
 
 # ---------------------------------------------------------------------------- hyperparameters: each is also a flag
@@ -266,7 +266,7 @@ class MultiHead(nn.Module):
         self.proj, self.dropout = nn.Linear(config.n_embd, config.n_embd), nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).to(x.dtype).unflatten(-1, (3, self.n_head, -1))  # float32 for scores, under autocast, too
+        qkv = self.qkv(x).to(x.dtype).unflatten(-1, (3, self.n_head, -1))  # autocast or not, scores are float32
         return self.dropout(self.proj(scalar_attention(*qkv.unbind(1), self.scale).flatten(1)))
 
 

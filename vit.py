@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 SAVE_SECONDS = 300  # the most training time that a crash may cost
-SIGNALS = []  # the Ctrl-C or SIGTERM that training has got
-ERROR = f"{SCRIPT}.py: error:"  # how the last line of a run that failed begins
+SIGNALS = []  # Ctrl-C or SIGTERM, once training has received one
+ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 
 
 # ---------------------------------------------------------------------------- hyperparameters: each is also a flag

@@ -15,7 +15,6 @@ from pictures import BLANK, CHANCY, KINDS, draw, two_digits
 from PIL import Image
 
 import digits
-import look
 import mini_vit
 
 RUN = [*TINY["mini_vit"], *SHORT]
@@ -168,4 +167,3 @@ def test_what_cannot_be_looked_at_is_one_line(finished, tmp_path, monkeypatch):
     one_line(error(), "model.pt", "damaged")
     shutil.rmtree(finished)
     one_line(error(), "no run below runs/")
-    assert look.__doc__
