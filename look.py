@@ -4,13 +4,16 @@ python look.py                        # the newest run below runs/, finished or 
 python look.py runs/small             # that one; report.png goes into its folder
 python look.py photo.jpg drawing.png  # the three likeliest digits of each image, says the newest run
 python look.py runs/small photo.jpg   # ... says that one
+python look.py runs/small runs/large  # comparison.png: accuracy over the minutes of training, a line for each run
 """
 
 import argparse
+import csv
 import importlib
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +76,24 @@ def attention_matrix(model, image: Tensor, block: int) -> Tensor:
     hook.remove()
     q, k, _ = attn.qkv(seen[0]).unflatten(-1, (3, attn.n_head, -1))[0]
     return (attn.scale * q[:, :, None] * k[:, None, :]).softmax(-1).cpu()
+
+
+def new_figure(width: float, height: float):
+    """Return a matplotlib figure, in inches, whatever a notebook or a matplotlibrc has set."""
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
+    return Figure((width, height), layout="constrained")
+
+
+def draw(into_file: Callable[[], None], name: str) -> None:
+    """Draw a picture or, where that can't be done, say why in one line."""
+    try:
+        into_file()
+    except Exception as error:
+        print(f"no {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
 
 
 def draw_curves(axes, log: list[dict]) -> None:
@@ -167,12 +188,7 @@ def draw_patches(figure, model, images: Tensor) -> None:
 
 def draw_report(model, log: list[dict], images: Tensor, labels: Tensor, probabilities: Tensor, path: Path) -> None:
     """Draw learning curves, confusion matrix, the most confident mistakes, and attention, into one picture."""
-    os.environ["MPLBACKEND"] = "agg"  # whatever a notebook has left there
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX
-    figure = Figure((12, 13), layout="constrained")
+    figure = new_figure(12, 13)
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4, 3, 5))
     *curves, confusion = top.subplots(1, 3)
     draw_curves(curves, log)
@@ -181,6 +197,39 @@ def draw_report(model, log: list[dict], images: Tensor, labels: Tensor, probabil
     some = images[:9].to(next(model.parameters()).device)
     draw_patches(bottom, model, some) if hasattr(model, "position") else draw_attention(bottom, model, some[0])
     figure.savefig(path, dpi=70)
+
+
+# ---------------------------------------------------------------------------- comparison.png
+def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the test accuracy of each run, by its log's rows, over the minutes that it had been training."""
+    figure = new_figure(9, 5)
+    axes = figure.subplots()
+    for name, rows in logs.items():
+        minutes = [float(row["seconds"]) / 60 for row in rows]
+        accuracy = [100 * float(row["test_accuracy"]) for row in rows]
+        (line,) = axes.plot(minutes, accuracy, "-o", markersize=4)
+        end, style = (minutes[-1], accuracy[-1]), {"va": "center", "color": line.get_color()}
+        axes.annotate(name, end, (6, 0), textcoords="offset points", **style)
+    worst = min(100 * float(rows[-1]["test_accuracy"]) for rows in logs.values())
+    axes.set(xscale="log", xlabel="minutes of training", ylabel="test accuracy, %", ylim=(worst - 1, None))
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+
+
+def compare(folders: list[Path]) -> int:
+    """Print the last accuracy of each run, and draw comparison.png beside the first; return the exit status."""
+    logs = {}
+    for folder in folders:
+        try:
+            with open(folder / "log.csv") as file:
+                rows = logs[folder.name] = list(csv.DictReader(file))
+            seconds, accuracy = float(rows[-1]["seconds"]), float(rows[-1]["test_accuracy"])
+        except (OSError, LookupError, ValueError) as error:
+            fail(f"can't read {folder / 'log.csv'}: no evaluation yet, or not from a run ({type(error).__name__})")
+        print(f"{folder}: {accuracy:.2%} after {seconds / 60:.1f} minutes")
+    draw(lambda: draw_comparison(logs, folders[0].parent / "comparison.png"), "comparison.png")
+    return 0
 
 
 # ---------------------------------------------------------------------------- main
@@ -213,8 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="holds MNIST/raw/*.gz (default: data beside the script)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
-    named = args.paths and Path(args.paths[0]).expanduser().is_dir()
-    folder = Path(args.paths.pop(0)).expanduser() if named else newest_run()
+    folders = list(itertools.takewhile(Path.is_dir, (Path(path).expanduser() for path in args.paths)))
+    if len(folders) > 1 and len(folders) == len(args.paths):
+        return compare(folders)
+    folder, args.paths = folders[0] if folders else newest_run(), args.paths[len(folders[:1]) :]
     script, config, device, model, state = load_run(folder, args.data_dir, args.device)
     print(f"{folder}: {state['script']}.py, {state['iter']} steps" + "; report.png goes there" * (not args.paths))
     if args.paths:
@@ -228,10 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     for digit in range(10):
         print(f"accuracy of {digit}: {right[labels == digit].double().mean():.2%}")
     print(f"accuracy: {right.double().mean():.2%} ({right.sum()} of {len(labels)})", flush=True)
-    try:
-        draw_report(model, state["log"], images, labels, probabilities, folder / "report.png")
-    except Exception as error:
-        print(f"no report.png: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    report = folder / "report.png"
+    draw(lambda: draw_report(model, state["log"], images, labels, probabilities, report), report.name)
     return 0
 
 
