@@ -43,7 +43,7 @@ def no_positions(script: ModuleType) -> None:
 
     def transformer(config):
         model = original(config)
-        model.position.requires_grad_(False)
+        model.position.requires_grad_(False).zero_()
         return model
 
     script.Transformer = transformer
