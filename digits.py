@@ -152,9 +152,14 @@ def find_parts(ink: np.ndarray) -> tuple[list[np.ndarray], float]:
     areas = np.bincount(labels.flat, minlength=n + 1)[1:]
     width = 2 * np.median(ndimage.distance_transform_edt(ink > 0)[ink > 0]) + 1
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
-    hugging = np.array([max((side == i).mean() for side in sides) > 0.25 for i in range(1, n + 1)])
-    inner = areas * ~hugging
-    keep = inner if inner.max() > 0.1 * areas.max() else areas  # a digit may fill the picture from side to side
+    contact = np.array([[(side == i).mean() for side in sides] for i in range(1, n + 1)])
+    hugging = contact.max(1) > 0.15
+    fills = contact[:, :2].all(1) & (contact.max(1) < 0.95)  # a digit may reach from top to bottom; shadows hug a side
+    areas = areas * (ndimage.maximum(ink, labels, range(1, n + 1)) > 0.75)  # what is left of shadows is faint
+    inner, fitting = areas * ~hugging, areas * (~hugging | fills)
+    keep = inner if inner.max() > 0.1 * areas.max() else fitting
+    if not keep.any():
+        raise ValueError("there is nothing in it")
     keep = keep > 0.02 * keep.max()
     kept = np.isin(labels, 1 + np.nonzero(keep)[0])
     dashed = keep.sum() > 3 and areas[keep].max() < 0.5 * areas[keep].sum()

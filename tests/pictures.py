@@ -173,6 +173,17 @@ def blank(light=lambda x, y: 0.8 + 0 * x, strength: float = 0.02) -> Image.Image
     return picture(light(x, y) + grain(x.shape, strength, random.Random(1))[..., 0])
 
 
+def in_shadow(rng: random.Random) -> Image.Image:
+    """Return an empty page, a part of which is in a shadow, more or less sharp."""
+    angle, edge, sharpness = rng.uniform(0, 7), rng.uniform(-0.9, 0.9), rng.choice((4, 10, 30, 100))
+    depth = rng.uniform(0.1, 0.3)
+
+    def light(x, y):
+        return 0.8 - 0.8 * depth * (1 + np.tanh(sharpness * (np.cos(angle) * x + np.sin(angle) * y - edge)))
+
+    return blank(light)
+
+
 BLANK = {
     "even": lambda: blank(strength=0),
     "noisy": lambda: blank(strength=0.06),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, TINY, one_line
-from pictures import BLANK, CHANCY, KINDS, draw, two_digits
+from pictures import BLANK, CHANCY, KINDS, draw, in_shadow, two_digits
 from PIL import Image
 
 import digits
@@ -67,6 +67,17 @@ def test_there_is_nothing_in_a_blank_sheet(kind, tmp_path):
     BLANK[kind]().save(tmp_path / "blank.png")
     with pytest.raises(ValueError, match="nothing in it"):
         digits.read_digits(str(tmp_path / "blank.png"))
+
+
+def test_a_shadow_on_a_blank_sheet_is_nothing(tmp_path):
+    rng, nothing = random.Random(1), 0
+    for _ in range(60):
+        in_shadow(rng).save(tmp_path / "shadow.png")
+        try:
+            digits.read_digits(str(tmp_path / "shadow.png"))
+        except ValueError:
+            nothing += 1
+    assert nothing >= 55
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
