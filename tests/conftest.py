@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: these models are too small for two threads
 import torch
 
 ROOT = Path(__file__).parents[1]
