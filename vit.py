@@ -38,9 +38,9 @@ ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 @dataclass
 class Config:
     batch_size: int = 128  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 6000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    max_iters: int = 9000  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps between two evaluations
-    learning_rate: float = 1e-3  # peak of AdamW's
+    learning_rate: float = 2e-3  # peak of AdamW's
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 because runs are short
@@ -53,12 +53,12 @@ class Config:
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
     image_size: int = 28  # pixels along each side of an image
-    patch_size: int = 4  # pixels along each side of a patch, which is one token; must divide image_size
+    patch_size: int = 7  # pixels along each side of a patch, which is one token; must divide image_size
     channels: int = 1  # of an image
     classes: int = 10  # logits
     n_head: int = 4  # attention heads; must divide n_embd
-    n_embd: int = 96  # features of one token
-    n_layers: int = 6  # blocks
+    n_embd: int = 128  # features of one token
+    n_layers: int = 4  # blocks
     first_layers: int = 1  # blocks in use at first
     growth: float = 0.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
@@ -195,7 +195,8 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # what writes into the residual stream starts smaller, as in GPT-2
                 writes = name.endswith(("proj.weight", "ff.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers) if writes else 0.02)
+                std = parameter.shape[1] ** -0.5  # for narrow layers, 0.02 is too little
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layers) if writes else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 

@@ -13,7 +13,7 @@ import mini_vit_augment
 import mini_vit_concat
 
 PARAMETERS = {"mini_vit": 118_148_810, "mini_vit_concat": 492_622_490, "mini_vit_augment": 118_148_810}
-PARAMETERS |= {"vit": 678730}
+PARAMETERS |= {"vit": 803_338}
 
 
 def test_parameter_count(module):
