@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A model and a run of seconds; the concat model can't be narrower than the image.
 SHAPES = {name: {"n_layers": 2, "n_head": 4, "d_head": 14, "n_embd": 56} for name in SCRIPTS}
+SHAPES["mini_vit"] |= {"first_layers": 1, "growth": 4.0}  # so that a block joins
 SHAPES |= {"mini_vit_concat": {"n_layers": 1, "n_head": 80, "d_head": 10, "n_embd": 800}}
 SHAPES |= {"vit": {"n_layers": 2, "n_head": 2, "n_embd": 32, "patch_size": 7}}
 TINY = {name: [f"--{field}={value}" for field, value in shape.items()] for name, shape in SHAPES.items()}
