@@ -83,13 +83,19 @@ def light_on(gray: np.ndarray, sheet: np.ndarray) -> np.ndarray:
         return np.full_like(gray, paper)
     step = max(1, max(gray.shape) // 60)
     y, x = np.mgrid[-1 : 1 : gray.shape[0] * 1j, -1 : 1 : gray.shape[1] * 1j]
-    few = near = sheet[::step, ::step]
+    few, values = sheet[::step, ::step], gray[::step, ::step]  # enough pixels for a smooth surface
+    near = few
     for order in (1, 2, 2, 2, 4, 4, 4, 4):
-        terms = np.stack([x**i * y**j for i in range(order + 1) for j in range(order + 1 - i)], -1)
-        weights, *_ = np.linalg.lstsq(terms[::step, ::step][near], gray[::step, ::step][near], rcond=None)
-        distance = abs(gray[::step, ::step] - terms[::step, ::step] @ weights)
+        terms = polynomial(x[::step, ::step], y[::step, ::step], order)
+        weights, *_ = np.linalg.lstsq(terms[near], values[near], rcond=None)
+        distance = abs(values - terms @ weights)
         near = few & (distance < max(0.02, 2 * np.median(distance[few])))
-    return terms @ weights
+    return polynomial(x, y, order) @ weights
+
+
+def polynomial(x: np.ndarray, y: np.ndarray, order: int) -> np.ndarray:
+    """Return the terms x^i y^j of a polynomial, i + j at most its order, in the last dimension."""
+    return np.stack([x**i * y**j for i in range(order + 1) for j in range(order + 1 - i)], -1)
 
 
 def find_ink(gray: np.ndarray) -> np.ndarray:
