@@ -15,6 +15,7 @@ from pictures import BLANK, CHANCY, KINDS, draw, in_shadow, two_digits
 from PIL import Image
 
 import digits
+import look
 import mini_vit
 
 RUN = [*TINY["mini_vit"], *SHORT]
@@ -138,6 +139,21 @@ def finished(main, tmp_path):
     """The folder of a finished run."""
     main("mini_vit", *RUN)
     return tmp_path / "runs" / "mini_vit"
+
+
+def test_several_runs_are_compared(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name, accuracies in {"a": (0.5, 0.9), "b": (0.8, 0.95)}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        rows = [f"{accuracy},{60 * minute}" for minute, accuracy in enumerate(accuracies, 1)]
+        (tmp_path / "runs" / name / "log.csv").write_text("\n".join(["test_accuracy,seconds", *rows, ""]))
+    assert look.main(["runs/a", "runs/b"]) == 0
+    assert capfd.readouterr() == ("runs/a: 90.00% after 2.0 minutes\nruns/b: 95.00% after 2.0 minutes\n", "")
+    with Image.open("runs/comparison.png") as picture:
+        assert picture.width > 500 and len(set(picture.convert("L").tobytes())) > 50
+    (tmp_path / "runs" / "b" / "log.csv").write_text("test_accuracy,seconds\n")
+    with pytest.raises(SystemExit, match=r"b/log\.csv: no evaluation yet"):
+        look.main(["runs/a", "runs/b"])
 
 
 def test_files_that_are_no_image_do_not_stop_the_others(finished, tmp_path):
