@@ -40,9 +40,7 @@ CUDA = torch.cuda.is_available()  # without it, the defaults below are for twent
 # ---------------------------------------------------------------------------- hyperparameters: each is also a flag
 @dataclass
 class Config:
-    batch_size: int = (
-        4096 if CUDA else 1024
-    )  # images per optimizer step, over all processes; lower it when memory runs out
+    batch_size: int = 4096 if CUDA else 1024  # images per step, over all processes; lower it when memory runs out
     max_iters: int = 10000 if CUDA else 6000  # optimizer steps; 60000 / batch_size of them are one pass
     eval_interval: int = 500  # optimizer steps between two evaluations
     learning_rate: float = 1e-3  # peak of AdamW's; for all n_layers at once, 5e-4 is safer
