@@ -134,12 +134,14 @@ def spread(values: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--script", default="mini_vit", choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=[""], help='only those that begin so: --rows "as it" "no att"')
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few images, one seed")
     args = parser.parse_args()
     place = Path("runs", "ablations", args.script + "-quick" * args.quick)
-    rows, seeds = ROWS[args.script][1], range(1, 2 if args.quick else args.seeds + 1)
+    seeds = range(1, 2 if args.quick else args.seeds + 1)
+    rows = {row: i for i, row in enumerate(ROWS[args.script][1]) if row.startswith(tuple(args.rows))}
     pool = ThreadPoolExecutor(args.jobs)
 
     def stop(number, _):  # the runs save and end
@@ -156,7 +158,7 @@ def main() -> int:
         done = {
             (row, seed): pool.submit(run, args.script, row, seed, place / f"{i}-{seed}", args.quick)
             for seed in seeds
-            for i, row in enumerate(rows)
+            for row, i in rows.items()
         }
         print(f"| {args.script}.py | held-out accuracy | of each seed | held-out loss | seconds |\n|" + " --- |" * 5)
         for row in rows:
