@@ -129,7 +129,12 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     result = run(script, *flags, "--out_dir", "two", processes=2)
     assert result.stdout.count("parameters:") == 1
     assert "find_unused_parameters" not in result.stderr
-    assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"), rtol=1e-3, atol=2e-5)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in [name for name in one if name.endswith("qkv.bias")]:
+        for model in (one, two):  # a bias of the keys cancels out in the softmax: its gradient is nothing but rounding
+            q, _, v = model[name].chunk(3)
+            model[name] = torch.cat([q, v])
+    assert_same(one, two, rtol=1e-3, atol=2e-5)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
@@ -162,7 +167,7 @@ def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
 
 
 def test_ctrl_c_stops_two_processes_and_one_goes_on(start, main, tmp_path):
-    flags = [*TINY["mini_vit"], *LONG, "--dropout", "0"]
+    flags = [*TINY["mini_vit"], *LONG, "--dropout", "0", "--learning_rate", "5e-4"]
     main("mini_vit", *flags, "--out_dir", "whole")
     process = start("mini_vit", *flags, "--out_dir", "stopped", processes=2, start_new_session=True)
     wait_for((tmp_path / "stopped" / "log.csv").exists, process)
