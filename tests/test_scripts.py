@@ -102,7 +102,7 @@ def test_no_script_imports_another(script):
 
 def test_it_learns(script, run, tmp_path):
     """Train on a tiny subset of the real images: the loss falls, the accuracy rises far above chance."""
-    shape = ["--n_layers", "1"]
+    shape = "--n_layers 1 --n_head 7 --n_embd 392".split()
     if script == "mini_vit_concat":
         shape = [*TINY[script], "--adversarial", "0"]  # 16 features and 150 steps are too few for adversarial images
     elif script == "mini_vit_augment":
