@@ -15,7 +15,12 @@ from torch import Tensor
 
 def read_digits(path: str) -> list[Tensor]:
     """Return the digits of an image file, (784,) uint8 each, from left to right. Raise ValueError if there are none."""
-    return [like_mnist(ink) for ink in find_digits(without_lines(find_ink(read_gray(path))))]
+    gray = read_gray(path)
+    try:
+        found = find_digits(without_lines(find_ink(gray)))
+    except ValueError:  # nothing but a shadow, perhaps, and a digit that reaches into it
+        found = find_digits(without_lines(find_ink(without_shadows(gray))))
+    return [like_mnist(ink) for ink in found]
 
 
 def read_gray(path: str) -> np.ndarray:
@@ -96,6 +101,13 @@ def light_on(gray: np.ndarray, sheet: np.ndarray) -> np.ndarray:
 def polynomial(x: np.ndarray, y: np.ndarray, order: int) -> np.ndarray:
     """Return the terms x^i y^j of a polynomial, i + j at most its order, in the last dimension."""
     return np.stack([x**i * y**j for i in range(order + 1) for j in range(order + 1 - i)], -1)
+
+
+def without_shadows(gray: np.ndarray) -> np.ndarray:
+    """Return a picture in even light: brightness as a share of the paper's, which is darkest where a shadow falls."""
+    smooth, size = ndimage.gaussian_filter(gray, 1), max(gray.shape) // 4  # wider than a stroke
+    paper = ndimage.grey_closing(np.pad(smooth, size, "edge"), (size, size))[size:-size, size:-size]
+    return (smooth / np.maximum(paper, 0.05)).clip(0, 1)
 
 
 def find_ink(gray: np.ndarray) -> np.ndarray:
