@@ -212,7 +212,8 @@ def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
         axes.annotate(name, end, (6, 0), textcoords="offset points", **style)
     worst = min(100 * float(rows[-1]["test_accuracy"]) for rows in logs.values())
     axes.set(xscale="log", xlabel="minutes of training", ylabel="test accuracy, %", ylim=(worst - 1, None))
-    axes.margins(x=0.2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.35)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
 
