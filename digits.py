@@ -104,10 +104,10 @@ def polynomial(x: np.ndarray, y: np.ndarray, order: int) -> np.ndarray:
 
 
 def without_shadows(gray: np.ndarray) -> np.ndarray:
-    """Return a picture in even light: brightness as a share of the paper's, which is darkest where a shadow falls."""
-    smooth, size = ndimage.gaussian_filter(gray, 1), max(gray.shape) // 4  # wider than a stroke
+    """Return a picture in even light: 1 where a window, wider than a stroke, shows nothing brighter; less is ink."""
+    smooth, size = ndimage.gaussian_filter(gray, 1), max(gray.shape) // 4
     paper = ndimage.grey_closing(np.pad(smooth, size, "edge"), (size, size))[size:-size, size:-size]
-    return (smooth / np.maximum(paper, 0.05)).clip(0, 1)
+    return 1 - (paper - smooth)
 
 
 def find_ink(gray: np.ndarray) -> np.ndarray:
