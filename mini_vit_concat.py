@@ -40,9 +40,9 @@ ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 @dataclass
 class Config:
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
-    max_iters: int = 1200  # optimizer steps; 60000 / batch_size of them are one pass over the training set
+    max_iters: int = 2300  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps between two evaluations
-    learning_rate: float = 3e-4  # peak of AdamW's
+    learning_rate: float = 5e-4  # peak of AdamW's; for all n_layers at once, 3e-4 is safer
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 because runs are short
@@ -53,8 +53,8 @@ class Config:
     d_head: int = 98  # features per head; each one is a token
     n_embd: int = 1568  # features of one image, the last 784 of them its pixels; more than 784
     n_layers: int = 16  # blocks
-    first_layers: int = 1  # blocks in use at first
-    growth: float = 4.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
+    first_layers: int = 2  # blocks in use at first
+    growth: float = 32.0  # blocks in use later: n_layers * (step / max_iters) ** growth, rounded up; 0 is all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the hardware has it
