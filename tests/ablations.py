@@ -37,16 +37,36 @@ def no_attention(script: ModuleType) -> None:
     script.MultiHead = NoAttention
 
 
-def no_positions(script: ModuleType) -> None:
-    """Keep a vit's position embeddings at zero."""
+def change_model(script: ModuleType, change: Callable) -> None:
+    """Have each new Transformer changed in place."""
     original = script.Transformer
 
     def transformer(config):
         model = original(config)
-        model.position.requires_grad_(False).zero_()
+        change(model)
         return model
 
     script.Transformer = transformer
+
+
+def no_positions(script: ModuleType) -> None:
+    """Keep a vit's position embeddings at zero."""
+    change_model(script, lambda model: model.position.requires_grad_(False).zero_())
+
+
+def mean_of_tokens(script: ModuleType) -> None:
+    """Have a vit's head see the mean of all tokens, not the class token, which without attention sees no patch."""
+
+    def average(block, inputs, x):  # (B, 1 + patches, n_embd)
+        return x.mean(1, keepdim=True)
+
+    change_model(script, lambda model: model.blocks[-1].register_forward_hook(average))
+
+
+def mean_without_attention(script: ModuleType) -> None:
+    """Have each patch go its own way until the mean of all tokens."""
+    no_attention(script)
+    mean_of_tokens(script)
 
 
 def loss_over_batch(logits: Tensor, labels: Tensor) -> Tensor:
@@ -86,7 +106,8 @@ ROWS: dict[str, tuple[str, dict[str, str | Callable]]] = {
         "--max_iters 3000 --eval_interval 3000",
         {
             "as it is": "",
-            "no attention among patches": no_attention,
+            "the head sees the mean of all tokens": mean_of_tokens,
+            "the same, no attention among patches": mean_without_attention,
             "no position embeddings": no_positions,
             "images not augmented": "--rotation 0 --scaling 0 --shear 0 --translation 0 --elastic 0",
             "no warmup": "--warmup_iters 0",

@@ -30,6 +30,20 @@ def test_without_attention_no_block_has_any(script):
     assert model(torch.rand(3, 784)).shape == (3, 10)
 
 
+def test_the_head_sees_the_mean_of_all_tokens_which_without_attention_go_their_own_ways():
+    ablations.mean_without_attention(vit)
+    model, last, seen = vit.Transformer(small_config(vit)), [], []
+    model.blocks[-1].register_forward_hook(lambda block, inputs, x: last.append(x), prepend=True)
+    model.ln.register_forward_pre_hook(lambda ln, inputs: seen.append(inputs[0]))
+    image = torch.rand(1, 784)
+    changed = image.clone().view(28, 28)
+    changed[:7, :7] = 0  # the first patch: token 1, behind the class token
+    model(image), model(changed.view(1, 784))
+    torch.testing.assert_close(seen[0], last[0].mean(1))
+    torch.testing.assert_close(*(x[:, [0, *range(2, 17)]] for x in last))
+    assert not torch.allclose(*seen)
+
+
 def test_without_position_embeddings_they_stay_at_zero():
     for change, trained in ((lambda script: None, True), (ablations.no_positions, False)):
         change(vit)
