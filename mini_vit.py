@@ -4,7 +4,7 @@
     python mini_vit.py --resume                            # continue the run that was stopped last
     torchrun --standalone --nproc_per_node=2 mini_vit.py   # train on two GPUs
 
-How far does a network get that knows nothing about images? To 99.24 ± 0.01 % on the test set (seeds 1 to 3), in eight
+How far does a network get that knows nothing about images? To 99.24 ± 0.01 % on the test set (seeds 1 to 3), in seven
 minutes on two cores of an Intel Xeon with AMX (bfloat16, torch 2.15.0). README.md has the figures of a GPU.
 """
 
