@@ -3,8 +3,8 @@
     python mini_vit_augment.py             # train, on a GPU if there is one; flags and torchrun as in mini_vit.py
     diff mini_vit.py mini_vit_augment.py   # the experiment
 
-Trained on moved and bent digits, it comes to 99.66 ± 0.02 % on the test set (seeds 1 to 3) in 105 seconds on an NVIDIA
-H200 (torch 2.11.0), and to 99.48 % (seed 1) in 24 minutes on two cores of an Intel Xeon with AMX (torch 2.15.0).
+Trained on moved and bent digits, it comes to 99.51 % on the test set (seed 1) in 12 minutes on two cores of an Intel
+Xeon with AMX (torch 2.15.0), and to 99.62 % in 152 seconds on an NVIDIA H200 (torch 2.11.0).
 """
 
 import argparse
