@@ -213,7 +213,9 @@ def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
     worst = min(100 * float(rows[-1]["test_accuracy"]) for rows in logs.values())
     axes.set(xscale="log", xlabel="minutes of training", ylabel="test accuracy, %", ylim=(worst - 1, None))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.35)
+    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.margins(x=0.25)  # names need room at the right
+    axes.set_xlim(left=min(float(rows[0]["seconds"]) / 60 for rows in logs.values()))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
 
