@@ -62,7 +62,7 @@ class Config:
     n_embd: int = 784  # features of one image; other than 784 adds a linear layer before the first block
     n_layers: int = 16  # blocks
     first_layers: int = 4 if CUDA else 1  # blocks in use at first
-    growth: float = 24.0 if CUDA else 60.0  # blocks in use later: n_layers * (step / max_iters) ** growth; 0 is all
+    growth: float = 24.0 if CUDA else 60.0  # blocks used later: n_layers * (step / max_iters) ** growth; 0: all at once
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # of matrix products: float32, bfloat16; auto is bfloat16 where the hardware has it

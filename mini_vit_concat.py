@@ -41,7 +41,7 @@ class Config:
     batch_size: int = 256  # images per optimizer step, over all processes; lower it when memory runs out
     max_iters: int = 2300  # optimizer steps; 60000 / batch_size of them are one pass over the training set
     eval_interval: int = 500  # optimizer steps between two evaluations
-    learning_rate: float = 5e-4  # peak of AdamW's; for all n_layers at once, 3e-4 is safer
+    learning_rate: float = 5e-4  # peak of AdamW's
     warmup_iters: int = 200  # optimizer steps until the peak; from there a cosine decays to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
     beta2: float = 0.98  # AdamW's average of squared gradients; below the usual 0.999 because runs are short

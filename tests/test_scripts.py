@@ -106,7 +106,7 @@ def test_it_learns(script, run, tmp_path):
     if script == "mini_vit_concat":
         shape = [*TINY[script], "--adversarial", "0"]  # 16 features and 150 steps are too few for adversarial images
     elif script == "mini_vit_augment":
-        shape += ["--easy_share", "0", "--adversarial", "0"]  # 150 steps are too few for the hardest images
+        shape += ["--easy_share", "0", "--adversarial", "0"]  # 150 steps are too few for harder images
     elif script == "vit":
         shape = ["--patch_size=7", "--n_embd=128", "--n_layers=2", *STILL]
     flags = "--subset 1500 --batch_size 50 --max_iters 150 --eval_interval 75 --warmup_iters 10 --device cpu"
