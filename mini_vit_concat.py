@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, by DDP, its defaults keep the group, and Gloo's threads may crash at exit
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -66,11 +67,8 @@ class Config:
     def __post_init__(self):
         """Raise ValueError, one line that names the field, for a value that breaks a rule."""
         may_be_0 = "warmup_iters weight_decay beta2 dropout adversarial growth seed subset holdout".split()
-        choices = {
-            "precision": "auto float32 bfloat16",
-            "compile": "auto on off",
-            "n_embd": str(self.n_head * self.d_head),
-        }
+        choices = {"precision": "auto float32 bfloat16", "compile": "auto on off"}
+        choices["n_embd"] = str(self.n_head * self.d_head)
         for name, value in asdict(self).items():
             if name in choices and str(value) not in choices[name].split():
                 raise ValueError(f"{name} must be {' or '.join(choices[name].split())}, not {value}")
