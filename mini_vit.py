@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, by DDP, its defaults keep the group, and Gloo's threads may crash at exit
+import torch.distributed.nn  # must come before a process group exists, or Gloo's threads may crash at exit (NOTES.md)
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
