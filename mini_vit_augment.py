@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # must come before a process group exists, or Gloo's threads may crash at exit (NOTES.md)
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -494,6 +493,7 @@ def train(config: Config, state: dict) -> int:
         launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
         print(f"stopped; to go on: {launch} {shlex.quote(sys.argv[0])} --resume --out_dir {shlex.quote(str(out))}")
     if dist.is_initialized():
+        dist.barrier()  # gives Gloo's threads time: one that frees a tensor while Python ends would crash (NOTES.md)
         dist.destroy_process_group()
     return 0 if state["iter"] == config.max_iters else 128 + max(SIGNALS, default=signal.SIGTERM)
 

@@ -28,11 +28,6 @@ from conftest import (
 import mini_vit
 
 RUN = [*TINY["mini_vit"], *SHORT]
-NAMES_THREADS = {  # that are left when training is done (Linux)
-    "    sys.exit(main())": """    status = main()
-    print(*(path.read_text() for path in Path("/proc/self/task").glob("*/comm")), file=sys.stderr)
-    sys.exit(status)"""
-}
 
 
 def saved_steps(module, monkeypatch) -> list[int]:
@@ -131,10 +126,9 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     if script == "mini_vit_augment":  # and leaves out its easy images
         flags += ["--easy_share", "0"]
     main(script, *flags, "--out_dir", "one")
-    result = run(script, *flags, "--out_dir", "two", processes=2, replacing=NAMES_THREADS)
+    result = run(script, *flags, "--out_dir", "two", processes=2)
     assert result.stdout.count("parameters:") == 1
     assert "find_unused_parameters" not in result.stderr
-    assert "python" in result.stderr and "pt_gloo" not in result.stderr  # one that outlives Python may crash
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in [name for name in one if name.endswith("qkv.bias")]:
         for model in (one, two):  # a bias of the keys cancels out in the softmax: its gradient is nothing but rounding
