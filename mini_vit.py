@@ -533,7 +533,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
-            stop.at_once = False  # from now on, there is something to save
+            stop.after_the_step()  # there is something to save now
             if rank == 0 and folder is None:
                 folder = new_folder(config)
 
@@ -565,7 +565,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to go on: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + stop.number
+    return 0 if finished else 128 + (stop_number or stop.number)
 
 
 # ---------------------------------------------------------------- hardware
@@ -808,20 +808,22 @@ def resume_command(config: Config, world: int) -> str:
 
 def remember_folder(folder: Path) -> None:
     """Tell torchrun's store, which outlives this process, where the run is."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        torchrun_store().set(f"{SCRIPT}: out_dir", str(folder))
+    if store := torchrun_store():
+        store.set("out_dir", str(folder))
 
 
 def remembered_folder() -> str | None:
     """Return the folder of this run if torchrun has started it again after a process died."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
-    key = f"{SCRIPT}: out_dir"
     store = torchrun_store()
-    return store.get(key).decode() if store.check([key]) else None
+    if not store or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        return None
+    return store.get("out_dir").decode() if store.check(["out_dir"]) else None
 
 
-def torchrun_store() -> dist.Store:
+def torchrun_store() -> dist.Store | None:
+    """Return the store that torchrun itself holds, if it does."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(*address, is_master=False)
 
@@ -848,14 +850,20 @@ class Stop:
 
     def __enter__(self) -> None:
         self.__init__()
+        if dist.is_torchelastic_launched():  # torchrun says what there is to say
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        else:
+            self.listen()
+
+    def listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may handle signals
+            return  # Python lets only the main thread handle signals
         for name in self.NAMES:
             number = getattr(signal, name, None)  # Windows has few of them
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self.handle)
         if hasattr(signal, "SIGCONT"):
-            handler = signal.signal(signal.SIGCONT, lambda *_: stopwatch.restart())
+            handler = signal.signal(signal.SIGCONT, stopwatch.skip)
             self.previous[signal.SIGCONT] = handler
 
     def __exit__(self, *_) -> None:
@@ -868,10 +876,16 @@ class Stop:
             signal.signal(other, signal.SIG_DFL if AS_SCRIPT else handler)
         if not self.at_once:
             return
-        if AS_SCRIPT:  # an exception could end in a compiler's traceback, or be swallowed
-            os.write(2, f"{ERROR} stopped before the first step; nothing to save\n".encode())
+        if AS_SCRIPT:  # an exception could end as a compiler's traceback, or be swallowed
+            os.write(2, f"{ERROR} stopped before the first step: nothing to save\n".encode())
             os._exit(128 + number)
         raise KeyboardInterrupt
+
+    def after_the_step(self) -> None:
+        """Have signals wait for the end of a step from now on."""
+        if self.at_once and dist.is_torchelastic_launched():
+            self.listen()
+        self.at_once = False
 
     def requested(self) -> int:
         """Return the number of the signal, SIGTERM if torchrun was killed, or 0."""
@@ -892,6 +906,10 @@ class Stopwatch:
         last = self.last
         return self.restart() - last
 
+    def skip(self, *_) -> None:
+        """Handle the signal that a suspended process gets when it goes on."""
+        self.restart()
+
 
 stop = Stop()
 stopwatch = Stopwatch()
@@ -908,7 +926,7 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        stop.number = stop.number or signal.SIGPIPE
+        stop.number = stop.number or 13  # SIGPIPE, which Windows lacks
     except OSError:  # a full disk
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -958,7 +976,7 @@ def parse_flags(argv: list[str] | None) -> dict:
         const="must",
         default="no",
         choices=("must", "auto"),
-        help="continue the run in out_dir; with auto, start it if there is nothing to continue",
+        help="continue the run in out_dir; with auto, start it there if there is none",
     )
     for f in fields(Config):
         text = f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip()
@@ -968,7 +986,7 @@ def parse_flags(argv: list[str] | None) -> dict:
             action = {"type": f.type, "metavar": f.type.__name__}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **action)
     given = vars(parser.parse_args(argv))
-    if given["resume"] == "no":
+    if given["resume"] != "must":
         try:
             Config(**{k: v for k, v in given.items() if k != "resume"})
         except ValueError as error:
@@ -1000,8 +1018,16 @@ def main(argv: list[str] | None = None) -> int:
     prepare_output()
     given = parse_flags(argv)
     out_of_memory = "MemoryError|(allocate|out of) memory"
-    with stop, explained("out of memory: lower batch_size", out_of_memory):
-        return start(given)
+    try:
+        with stop, explained("out of memory: lower batch_size", out_of_memory):
+            return start(given)
+    except KeyboardInterrupt:
+        say("stopped at once; to go on from the last checkpoint: --resume")
+        return 130
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer|remote process exited", str(error)):
+            raise
+        return 1  # another process of this run has ended, and has said why
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, ways to run them as a user does, and what they wrote."""
+"""What the tests share: the scripts as modules, ways to run them, and what they wrote."""
 
 import csv
 import importlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: these models are too small for two threads
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small models want one thread
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +23,14 @@ SHAPES = {name: {"n_layers": 2, "n_head": 4, "d_head": 14, "n_embd": 56} for nam
 SHAPES["mini_vit"] |= {"first_layers": 1, "growth": 4.0}  # so that a block joins
 SHAPES |= {"mini_vit_concat": {"n_layers": 1, "n_head": 80, "d_head": 10, "n_embd": 800}}
 SHAPES |= {"vit": {"n_layers": 2, "n_head": 2, "n_embd": 32, "patch_size": 7}}
-TINY = {name: [f"--{field}={value}" for field, value in shape.items()] for name, shape in SHAPES.items()}
-STILL = [f"--{strength}=0" for strength in ("rotation", "scaling", "shear", "translation", "elastic")]
-SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4 --device cpu".split()
+TINY = {
+    name: [f"--{field}={value}" for field, value in shape.items()] for name, shape in SHAPES.items()
+}
+STILL = [
+    f"--{strength}=0" for strength in ("rotation", "scaling", "shear", "translation", "elastic")
+]
+SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4".split()
+SHORT += ["--device", "cpu"]
 SAVE_OFTEN = {"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}
 LONG = [*SHORT, "--max_iters", "60", "--eval_interval", "20"]
 
@@ -42,9 +47,8 @@ def module(script):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Run a script's main() in this process, in tmp_path: main(script, *flags, status=0, save_seconds=300)."""
+    """Run a script in this process: main(script, *flags, status=0, save_seconds=300)."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
     def main(script, *flags, status=0, save_seconds=300):
         module = importlib.import_module(script)
@@ -52,16 +56,34 @@ def main(tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         try:
             returned, last_words = module.main(list(flags)), ""
-        except SystemExit as stop:  # as the interpreter treats it: a text goes to stderr, with status 1
+        except (
+            SystemExit
+        ) as stop:  # as the interpreter treats it: a text goes to stderr, with status 1
             is_text = isinstance(stop.code, str)
             returned, last_words = (1, stop.code + "\n") if is_text else (stop.code, "")
         out, err = capfd.readouterr()
         assert returned == status, f"exit status {returned}\n{out}\n{err}\n{last_words}"
         return subprocess.CompletedProcess(flags, returned, out, err + last_words)
 
-    yield main
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return main
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Have a script get a signal at the beginning of a step: signal_at(module, step, SIGTERM)."""
+
+    def signal_at(module, step, number=signal.SIGTERM):
+        original = module.blocks_in_use
+
+        def blocks_in_use(now, config):
+            if now == step:
+                os.kill(os.getpid(), number)
+            return original(now, config)
+
+        monkeypatch.setattr(module, "blocks_in_use", blocks_in_use)
+        return lambda: monkeypatch.setattr(module, "blocks_in_use", original)
+
+    return signal_at
 
 
 @pytest.fixture
@@ -73,9 +95,11 @@ def start(tmp_path):
     started = []
 
     def start(script, *flags, processes=1, replacing=(), env=(), **options):
-        path, launch = str(ROOT / f"{script}.py"), []
+        path = str(ROOT / f"{script}.py")
+        launch = []
         if processes > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            launch = ["-m", "torch.distributed.run", "--standalone"]
+            launch.append(f"--nproc_per_node={processes}")
         if replacing:
             text = Path(path).read_text()
             for old, new in replacing.items():
@@ -86,7 +110,8 @@ def start(tmp_path):
             flags += ("--data_dir", str(ROOT / "data"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, *launch, path, *flags]
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | dict(env), **pipes | options))
+        options = {"cwd": tmp_path, "env": os.environ | dict(env)} | pipes | options
+        started.append(subprocess.Popen(command, **options))
         return started[-1]
 
     yield start
@@ -97,7 +122,7 @@ def start(tmp_path):
 
 @pytest.fixture
 def run(start):
-    """Run a script as a user does, to its end: run(script, *flags, status=0, **options of start)."""
+    """Run a script as a user does, to its end: run(script, *flags, status=0, **options)."""
 
     def run(*args, status=0, **options):
         process = start(*args, **options)
@@ -106,13 +131,6 @@ def run(start):
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
-
-
-@pytest.fixture
-def default_precision():
-    """Have torch multiply as it does by default, again, once a test is done that may change it."""
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def wait_for(condition, process, seconds=120):
@@ -127,7 +145,8 @@ def wait_for(condition, process, seconds=120):
 
 def children(process) -> list[int]:
     """Return the ids of a process's children (Linux)."""
-    return [int(n) for n in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(n) for n in listed.split()]
 
 
 def weights(folder: Path) -> dict:
@@ -140,14 +159,18 @@ def assert_same(a: dict, b: dict, **tolerance) -> None:
     """See that two models have the same weights, bit for bit if no tolerance is given."""
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+        torch.testing.assert_close(
+            a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name
+        )
 
 
 def rows(folder: Path, drop=("images_per_second", "seconds")) -> list[dict]:
     """Return the rows of log.csv, without its times."""
     text = (folder / "log.csv").read_bytes().decode()
     assert "\r" not in text
-    return [{k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(text.splitlines())]
+    return [
+        {k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(text.splitlines())
+    ]
 
 
 def one_line(result, *words) -> None:
@@ -165,7 +188,7 @@ def small_config(module, **changes):
 
 
 def random_model(module, **changes) -> torch.nn.Module:
-    """Return a small Transformer, all of whose weights are random: of a new one's, some are 0 or 1."""
+    """Return a small Transformer whose weights are all random: of a new one's, some are 0 or 1."""
     model = module.Transformer(small_config(module, **changes)).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))

@@ -1,31 +1,47 @@
-"""The model as the original computes it, and attention by its definition: what ours is compared with."""
+"""Attention by its definition, and the model as the original computes it.
+
+The tests compare our attention with these, and benchmark.py compares the time.
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return softmax_j(scale q_i k_j) v_j of (B, n_head, d_head) tensors, by the whole matrix."""
-    return ((scale * q.unsqueeze(-1) * k.unsqueeze(-2)).softmax(-1) @ v.unsqueeze(-1)).squeeze(-1)
+    """Return softmax_j(scale q_i k_j) v_j for q, k, v of shape (B, n_head, d_head)."""
+    weights = attention_weights(q, k, scale)
+    return torch.einsum("bhij,bhj->bhi", weights, v)
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return softmax_j(scale q_i k_j), the whole matrix (B, n_head, d_head, d_head)."""
+    scores = scale * torch.einsum("bhi,bhj->bhij", q, k)
+    exponentials = (scores - scores.amax(-1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 class Head(nn.Module):
-    """One head, its (d_head, d_head) attention matrix materialised and kept for the backward pass."""
+    """One head. Its (d_head, d_head) attention matrix is kept for the backward pass."""
 
     def __init__(self, config):
         super().__init__()
         self.scale = config.n_embd**-0.5
-        self.q, self.k, self.v = (nn.Linear(config.n_embd, config.d_head, bias=False) for _ in range(3))
+        self.q = nn.Linear(config.n_embd, config.d_head, bias=False)
+        self.k = nn.Linear(config.n_embd, config.d_head, bias=False)
+        self.v = nn.Linear(config.n_embd, config.d_head, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (projection(x).unsqueeze(-1) for projection in (self.q, self.k, self.v))  # (B, d_head, 1)
-        attention = self.dropout((q @ k.mT * self.scale).softmax(-1))
-        return (attention @ v).squeeze(-1)
+    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
+        q = self.q(x).unsqueeze(-1)  # (B, d_head, 1)
+        k = self.k(x).unsqueeze(-1)
+        v = self.v(x).unsqueeze(-1)
+        scores = q @ k.mT * self.scale  # (B, d_head, d_head)
+        weights = self.dropout(scores.softmax(-1))
+        return (weights @ v).squeeze(-1)  # (B, d_head)
 
 
 class HeadByHead(nn.Module):
-    """The original's attention: a loop over heads. Takes the place of MultiHead."""
+    """The original's attention, a loop over heads. It can replace a script's MultiHead."""
 
     def __init__(self, config):
         super().__init__()
@@ -33,12 +49,13 @@ class HeadByHead(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], -1)))
+    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
+        out = torch.cat([head(x) for head in self.heads], -1)
+        return self.dropout(self.proj(out))
 
 
 class NoAttention(nn.Module):
-    """MultiHead with attention left out, o = v: the floor that the matrix products set."""
+    """MultiHead without attention: o = v. What it costs, the matrix products cost."""
 
     def __init__(self, config):
         super().__init__()
@@ -46,12 +63,13 @@ class NoAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.proj(self.qkv(x).chunk(3, -1)[2]))
+    def forward(self, x: Tensor) -> Tensor:  # (..., n_embd)
+        _, _, v = self.qkv(x).chunk(3, -1)
+        return self.dropout(self.proj(v))
 
 
 def with_attention(model: nn.Module, config, attention: type[nn.Module]) -> nn.Module:
-    """Return the model with every block's attention replaced, newly initialised."""
+    """Return the model with the attention of every block replaced, newly initialised."""
     for block in model.blocks:
         block.attn = attention(config)
     return model

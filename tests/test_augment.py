@@ -25,7 +25,9 @@ def test_augmentation_is_random_per_image_and_repeatable():
     config = script.Config()
     images, *_ = script.load_mnist(script.Config(subset=64))
     one_image = images[:1].expand(64, -1)
-    first, again, other = (script.augment(one_image, config, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, again, other = (
+        script.augment(one_image, config, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len(first.unique(dim=0)) == 64
     ink = script.augment(images, config, torch.Generator()).double().sum() / images.double().sum()
@@ -38,13 +40,18 @@ def test_each_strength_does_its_own_part():
     still = script.augment(images, script.Config(**nothing), torch.Generator())
     torch.testing.assert_close(still, images, rtol=0, atol=1)
     one_image = images[:1].expand(64, -1)
-    sized = script.augment(one_image, script.Config(**nothing | {"scaling": 0.17}), torch.Generator())
+    scaling = script.Config(**nothing | {"scaling": 0.17})
+    sized = script.augment(one_image, scaling, torch.Generator())
     sized = sized.view(-1, 28, 28).double()
-    sized, square = sized / sized.sum((1, 2), keepdim=True), (torch.arange(28.0).double() - 13.5).square()
-    spread = torch.stack([sized.sum(axis) @ square for axis in (1, 2)])
-    assert abs(torch.corrcoef(spread)[0, 1]) < 0.5 and (spread.std(1) > 0.1 * spread.mean(1)).all()  # width, height
-    shifted = script.augment(images, script.Config(**nothing | {"translation": 1.5}), torch.Generator()).double()
-    assert shifted.square().sum() / images.double().square().sum() > 0.94  # 0.97; bilinear interpolation blurs to 0.90
+    sized = sized / sized.sum((1, 2), keepdim=True)
+    square = (torch.arange(28.0).double() - 13.5).square()
+    spread = torch.stack([sized.sum(axis) @ square for axis in (1, 2)])  # of width and of height
+    assert abs(torch.corrcoef(spread)[0, 1]) < 0.5
+    assert (spread.std(1) > 0.1 * spread.mean(1)).all()
+    translation = script.Config(**nothing | {"translation": 1.5})
+    shifted = script.augment(images, translation, torch.Generator()).double()
+    # 0.97; bilinear interpolation would blur to 0.90.
+    assert shifted.square().sum() / images.double().square().sum() > 0.94
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -53,7 +60,7 @@ def test_batches_depend_on_seed_and_step_alone(num_workers):
 
     def take(n, start=0, workers=0, seed=1):
         config = script.Config(batch_size=20, num_workers=workers, seed=seed, max_iters=6)
-        batches = script.training_batches(images, labels, config, start, torch.device("cpu"), 0, 1)
+        batches = script.training_batches(images, labels, config, start, torch.device("cpu"))
         return [next(batches) for _ in range(n)]
 
     reference = take(6)
@@ -65,18 +72,19 @@ def test_batches_depend_on_seed_and_step_alone(num_workers):
     assert len(flat.unique(dim=0)) == 120  # every pass and every worker draws anew
 
 
-def test_the_number_of_workers_may_change_on_resume(main, monkeypatch):
-    monkeypatch.setattr(script, "SIGNALS", [15])
+def test_the_number_of_workers_may_change_on_resume(main, signal_at):
+    calm = signal_at(script, 5)
     main("mini_vit_augment", *RUN, "--num_workers", "1", status=143)
-    script.SIGNALS.clear()
+    calm()
     main("mini_vit_augment", "--resume", "--num_workers", "0")
 
 
 @linux
 def test_usable_cores_are_those_of_this_process(monkeypatch):
-    code = "import os, sys, mini_vit_augment as s; os.sched_setaffinity(0, {0}); print(s.usable_cores())"
+    code = "import os, mini_vit_augment as s; os.sched_setaffinity(0, {0}); print(s.usable_cores())"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "1\n"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, env=environment, text=True) == "1\n"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for limit, local, cores in [
         ("max 100000", "1", 8),
@@ -114,7 +122,8 @@ def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
     process.wait()
     time.sleep(1)
     states = [Path(f"/proc/{pid}/stat") for pid in workers if os.path.exists(f"/proc/{pid}")]
-    assert all(state.read_text().split()[2] == "Z" for state in states)  # gone, but for who should collect them
+    # Gone, but for who should collect them.
+    assert all(state.read_text().split()[2] == "Z" for state in states)
 
 
 @linux
@@ -137,14 +146,19 @@ def test_data_that_never_comes_ends_the_run(number, status, start, tmp_path):
 
 
 @linux
-@pytest.mark.skipif(shutil.which("unshare") is None or os.getuid() != 0, reason="only root may mount a small /dev/shm")
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or os.getuid() != 0, reason="only root may mount a /dev/shm"
+)
 @pytest.mark.parametrize("megabytes, workers", [(64, 16), (12, 2), (1, 2)])
 def test_a_container_with_little_shared_memory(megabytes, workers, tmp_path):
     """Docker gives 64 MB; a batch is 3. Where they don't fit, one line says so."""
-    command = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm && cd {tmp_path} && exec {sys.executable} "
-    flags = ["--subset", "0", "--batch_size", "4096", "--max_iters", "3", "--num_workers", str(workers)]
-    command += " ".join([script.__file__, *RUN, *flags])
-    result = subprocess.run(["unshare", "-m", "bash", "-c", command], capture_output=True, text=True, timeout=200)
+    flags = ["--subset", "0", "--batch_size", "4096", "--max_iters", "3"]
+    flags += ["--num_workers", str(workers)]
+    command = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm && cd {tmp_path} && exec "
+    command += " ".join([sys.executable, script.__file__, *RUN, *flags])
+    command = ["unshare", "-m", "bash", "-c", command]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     if "unshare failed" in result.stderr or "permission denied" in result.stderr:
         pytest.skip("this machine forbids it")
     if megabytes > 1:
@@ -159,9 +173,10 @@ def test_few_open_files(limit, status, run):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
     flags = [*RUN, "--num_workers", "4"]
-    words = run("mini_vit_augment", *flags, status=status, preexec_fn=few_files).stderr.splitlines()
+    result = run("mini_vit_augment", *flags, status=status, preexec_fn=few_files)
     if status:  # torch may tell of its own clean-up, too
-        assert [line for line in words if "error:" in line and "ulimit -n" in line and "Too many open files" in line]
+        (line,) = [line for line in result.stderr.splitlines() if "error:" in line]
+        assert "ulimit -n" in line and "Too many open files" in line
 
 
 def test_a_worker_s_bug_keeps_its_traceback_and_its_lack_of_memory_does_not(main, monkeypatch):
@@ -172,5 +187,6 @@ def test_a_worker_s_bug_keeps_its_traceback_and_its_lack_of_memory_does_not(main
         raising(error)
         with pytest.raises(type(error), match="a bug"):
             main("mini_vit_augment", *RUN, "--num_workers", "1")
-    raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
-    one_line(main("mini_vit_augment", *RUN, "--num_workers", "1", status=1), "out of memory: lower batch_size")
+    raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"))
+    result = main("mini_vit_augment", *RUN, "--num_workers", "1", status=1)
+    one_line(result, "out of memory: lower batch_size")

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,19 +20,354 @@ import look
 import mini_vit
 
 RUN = [*TINY["mini_vit"], *SHORT]
+
+
+def looking(*arguments, cwd, script=ROOT / "look.py", **environment):
+    """Run look.py as a user does, in a folder; return the finished process."""
+    command = [sys.executable, str(script), "--device", "cpu", *map(str, arguments)]
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def picture_of_a_one(path: Path) -> None:
+    """Draw a stroke with ink on paper."""
+    pixels = np.full((60, 60), 230, np.uint8)
+    pixels[12:48, 28:32] = 20
+    Image.fromarray(pixels).save(path, "png")
+
+
+def assert_drawn(path: Path) -> None:
+    """See that a picture is no blank sheet."""
+    with Image.open(path) as picture:
+        assert picture.width > 500
+        assert len(set(picture.convert("L").tobytes())) > 50
+
+
+def write_log(folder: Path, *accuracies: float) -> None:
+    """Write a run's log.csv with an evaluation each minute."""
+    folder.mkdir(parents=True)
+    lines = ["test_accuracy,seconds"]
+    for minute, accuracy in enumerate(accuracies, 1):
+        lines.append(f"{accuracy},{60 * minute}")
+    (folder / "log.csv").write_text("\n".join([*lines, ""]))
+
+
+def error_of(*arguments) -> subprocess.CompletedProcess:
+    """Run look.py in this process, see that it fails, and return what it says on stderr."""
+    with pytest.raises(SystemExit) as stop:  # with a text: it goes to stderr, and the status is 1
+        look.main(["--device", "cpu", *map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, 1, "", stop.value.code)
+
+
+@pytest.fixture
+def finished(main, tmp_path):
+    """The folder of a finished run of mini_vit.py; the working folder is tmp_path."""
+    main("mini_vit", *RUN)
+    return tmp_path / "runs" / "mini_vit"
+
+
+# ---------------------------------------------------------------- a run
+@pytest.mark.slow
+def test_a_finished_run(script, main, tmp_path):
+    main(script, *TINY[script], *SHORT, "--out_dir", "runs/mine")
+    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    result = looking(cwd=tmp_path, **notebook)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    first, *lines = result.stdout.splitlines()
+    assert first.startswith(f"runs/mine: {script}.py, 24 steps")
+    digits = [f"accuracy of {digit}" for digit in range(10)]
+    assert [line.split(":")[0] for line in lines] == ["test loss", *digits, "accuracy"]
+    assert lines[-1].endswith(" of 10000)")
+    assert_drawn(tmp_path / "runs" / "mine" / "report.png")
+
+
+@pytest.mark.slow
+def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(main, tmp_path, monkeypatch):
+    """The second block joins at step 25, the last; the run is stopped at step 24."""
+    original = mini_vit.blocks_in_use
+
+    def stop_at_step_24(step, config):
+        if step == 24:
+            mini_vit.stop.number = 15  # SIGTERM
+        return original(step, config)
+
+    monkeypatch.setattr(mini_vit, "blocks_in_use", stop_at_step_24)
+    flags = [*RUN, "--max_iters", "25", "--eval_interval", "24", "--growth", "20", "--subset", "0"]
+    trained = main("mini_vit", *flags, status=143)
+    loss = trained.stdout.split("test loss ")[1].split(",")[0]
+    assert torch.load("runs/mini_vit/checkpoint.pt", weights_only=True)["depth"] == 1
+    assert f"test loss: {loss}" in looking("runs/mini_vit", cwd=tmp_path).stdout
+
+
+def test_a_run_that_was_stopped_before_its_first_evaluation(main, tmp_path, monkeypatch, capfd):
+    original = mini_vit.blocks_in_use
+
+    def stop_at_once(step, config):
+        mini_vit.stop.number = 15  # SIGTERM
+        return original(step, config)
+
+    monkeypatch.setattr(mini_vit, "blocks_in_use", stop_at_once)
+    main("mini_vit", *RUN, status=143)
+    assert look.main(["--device", "cpu"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("runs/mini_vit: mini_vit.py, 1 steps")
+    assert err == ""
+    assert_drawn(tmp_path / "runs" / "mini_vit" / "report.png")
+
+
+def test_load_run_returns_script_config_device_model_and_state(finished):
+    run = look.load_run(finished, device="cpu")
+    assert run.script is mini_vit
+    assert isinstance(run.config, mini_vit.Config)
+    assert run.config.n_embd == 56
+    assert (run.config.subset, run.config.holdout) == (0, 0)  # it is tested on all test images
+    assert run.config.data_dir == mini_vit.Config.data_dir
+    assert run.device == torch.device("cpu")
+    assert not run.model.training
+    assert run.model.depth == run.state["depth"] == 2
+    assert run.model.precision == mini_vit.choose_precision(run.config, run.device)
+    assert (run.state["script"], run.state["iter"]) == ("mini_vit", 24)
+    for name, weights in torch.load(finished / "model.pt", weights_only=True)["model"].items():
+        assert torch.equal(run.model.state_dict()[name], weights)
+    assert look.load_run(str(finished), "elsewhere", "cpu").config.data_dir == "elsewhere"
+
+
+def test_load_run_builds_no_optimizer(finished, monkeypatch):
+    def no_optimizer(*args, **options):
+        raise AssertionError("an optimizer was built")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", no_optimizer)
+    monkeypatch.setattr(mini_vit, "Trainer", no_optimizer)
+    look.load_run(finished, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_script_with_a_dot_in_its_name(run, tmp_path):
+    """Someone keeps copies of a script, and look.py beside them."""
+    for name, copy in {"mini_vit": "mini_vit.v2", "look": "look"}.items():
+        shutil.copy(ROOT / f"{name}.py", tmp_path / f"{copy}.py")
+    run(tmp_path / "mini_vit.v2", *RUN, "--data_dir", ROOT / "data")
+    place = {"cwd": tmp_path, "script": tmp_path / "look.py"}
+    result = looking("runs/mini_vit.v2", "--data_dir", ROOT / "data", **place)
+    assert result.stderr == ""
+    assert result.stdout.startswith("runs/mini_vit.v2: mini_vit.v2.py, 24 steps")
+    assert_drawn(tmp_path / "runs" / "mini_vit.v2" / "report.png")
+
+
+@pytest.mark.slow
+def test_report_png_needs_neither_scipy_nor_scikit_image(finished, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("scipy", "skimage"):
+        (hidden / f"{name}.py").write_text("raise ImportError('hidden by the test')\n")
+    result = looking(cwd=tmp_path, PYTHONPATH=str(hidden))
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert_drawn(finished / "report.png")
+
+
+@pytest.mark.slow
+def test_without_matplotlib_there_are_numbers_and_one_line(finished, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('hidden by the test')\n")
+    result = looking(cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1].startswith("accuracy: ")
+    assert result.stderr.splitlines() == ["no report.png: ImportError: hidden by the test"]
+
+
+def test_what_cannot_be_looked_at_is_one_line(finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    one_line(error_of("empty"), "empty", "neither a run nor an image")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "log.csv").touch()
+    one_line(error_of("lost"), "lost/checkpoint.pt", "missing")
+    state = torch.load(finished / "model.pt", weights_only=True)
+    torch.save(state | {"script": "gone"}, finished / "model.pt")
+    one_line(error_of(), "gone.py", "beside look.py")
+    torch.save(state | {"model": {}}, finished / "model.pt")
+    one_line(error_of(), "mini_vit.py", "changed")
+    torch.save(state | {"config": {"other": 1}}, finished / "model.pt")
+    one_line(error_of(), "mini_vit.py", "changed")
+    (finished / "model.pt").write_bytes(b"half")
+    one_line(error_of(), "model.pt", "damaged")
+    shutil.rmtree(finished)
+    one_line(error_of(), "no run below runs/")
+
+
+# ---------------------------------------------------------------- several runs
+def labels_of_comparison(*folders, monkeypatch) -> list[str]:
+    """Compare runs; return the texts in comparison.png, as matplotlib is given them."""
+    from matplotlib.axes import Axes
+
+    labels = []
+    original = Axes.annotate
+
+    def annotate(axes, text, *args, **options):
+        labels.append(text)
+        return original(axes, text, *args, **options)
+
+    monkeypatch.setattr(Axes, "annotate", annotate)
+    assert look.main([*map(str, folders)]) == 0
+    return labels
+
+
+def test_several_runs_are_compared(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_log(Path("runs/a"), 0.5, 0.9)
+    write_log(Path("runs/b"), 0.8, 0.95)
+    assert labels_of_comparison("runs/a", "runs/b", monkeypatch=monkeypatch) == ["a", "b"]
+    out, err = capfd.readouterr()
+    lines = ["runs/a: 90.00% after 2.0 minutes", "runs/b: 95.00% after 2.0 minutes"]
+    assert out.splitlines() == lines
+    assert err == ""
+    assert_drawn(Path("runs/comparison.png"))
+
+
+def test_runs_whose_folders_have_the_same_name_get_distinct_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one/vit", "two/vit", "two/other"):
+        write_log(Path(name), 0.5, 0.9)
+    labels = labels_of_comparison("one/vit", "two/vit", "two/other", monkeypatch=monkeypatch)
+    assert len(set(labels)) == 3
+    assert "one/vit" in labels and "two/vit" in labels
+
+
+@pytest.mark.parametrize("name", ["a$b", "$a$", "$\\frac$", "a$b$c$", "100$"])
+def test_dollars_in_a_folder_s_name_make_no_formula(name, tmp_path, monkeypatch, capfd):
+    from matplotlib.text import Text
+
+    monkeypatch.chdir(tmp_path)
+    write_log(Path("runs", name), 0.5, 0.9)
+    write_log(Path("runs/other"), 0.5, 0.9)
+    label, _ = labels_of_comparison(f"runs/{name}", "runs/other", monkeypatch=monkeypatch)
+    assert capfd.readouterr().err == ""
+    shown, formula = Text()._preprocess_math(label)
+    assert (shown, formula) == (name, False)
+    assert_drawn(Path("runs/comparison.png"))
+
+
+@pytest.mark.parametrize("text", ["\nParseFatalException: a symbol", "\n \n  a symbol\nmore"])
+def test_a_picture_that_cannot_be_drawn_has_its_reason_in_one_line(text, tmp_path, capfd):
+    """matplotlib begins some errors with a newline."""
+
+    def draw(path):
+        raise ValueError(text)
+
+    look.try_to_draw(draw, tmp_path / "comparison.png")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("no comparison.png: ValueError: ")
+    assert "a symbol" in err
+    assert err.count("\n") == 1
+
+
+def test_a_picture_whose_error_says_nothing_has_the_error_s_type(tmp_path, capfd):
+    def draw(path):
+        raise MemoryError
+
+    look.try_to_draw(draw, tmp_path / "comparison.png")
+    assert capfd.readouterr().err == "no comparison.png: MemoryError: MemoryError\n"
+
+
+@pytest.mark.parametrize("content", ["", "test_accuracy,seconds\n"])
+def test_a_run_without_an_evaluation_is_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(Path("runs/a"), 0.5, 0.9)
+    write_log(Path("runs/b"))
+    Path("runs/b/log.csv").write_text(content)
+    one_line(error_of("runs/a", "runs/b"), "runs/b", "no evaluation yet")
+    one_line(error_of("runs/b", "runs/a"), "runs/b", "no evaluation yet")
+
+
+def test_a_log_with_semicolons_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(Path("runs/a"), 0.5, 0.9)
+    write_log(Path("runs/b"), 0.5, 0.9)
+    path = Path("runs/b/log.csv")
+    path.write_text(path.read_text().replace(",", ";").replace(".", ","))
+    one_line(error_of("runs/a", "runs/b"), "runs/b/log.csv", "semicolons")
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "test_accuracy,seconds\n0.5\n", "x\nyes\n"])
+def test_what_is_no_log_is_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(Path("runs/a"), 0.5, 0.9)
+    write_log(Path("runs/b"))
+    Path("runs/b/log.csv").write_text(content)
+    one_line(error_of("runs/a", "runs/b"), "runs/b/log.csv", "not the log of a run")
+    Path("runs/b/log.csv").unlink()
+    Path("runs/b/model.pt").touch()
+    one_line(error_of("runs/a", "runs/b"), "runs/b/log.csv", "FileNotFoundError")
+
+
+# ---------------------------------------------------------------- images
+def test_the_images_in_a_folder(finished, tmp_path, capfd):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    picture_of_a_one(folder / "b.png")
+    picture_of_a_one(folder / "a.png")
+    (folder / ".hidden").touch()
+    assert look.main(["--device", "cpu", "runs/mini_vit", "photos"]) == 0
+    out, err = capfd.readouterr()
+    first, a, b = out.splitlines()
+    assert first == "runs/mini_vit: mini_vit.py, 24 steps"
+    assert a.startswith("photos/a.png   ")
+    assert b.startswith("photos/b.png   ")
+    assert err == ""
+
+
+def test_an_image_whose_name_begins_with_a_dash(finished, tmp_path, capfd):
+    picture_of_a_one(tmp_path / "-7.png")
+    assert look.main(["--device", "cpu", "-7.png"]) == 0
+    _, line = capfd.readouterr().out.splitlines()
+    assert line.startswith("-7.png   ")
+
+
+@pytest.mark.slow
+def test_images_are_read_when_python_does_not_look_beside_the_script(finished, tmp_path):
+    picture_of_a_one(tmp_path / "one.png")
+    result = looking("one.png", cwd=tmp_path, PYTHONSAFEPATH="1")
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[1].startswith("one.png   ")
+
+
+@pytest.mark.slow
+def test_files_that_are_no_image_do_not_stop_the_others(finished, tmp_path):
+    (tmp_path / "photo.heic").write_text("no image")
+    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
+    odd = b"d\xffgit.png".decode(errors="surrogateescape")
+    picture_of_a_one(tmp_path / odd)
+    paths = ["photo.heic", "missing.jpg", "blank.png", odd]
+    result = looking(*paths, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 1
+    heic, missing, blank = result.stderr.splitlines()
+    assert "save it as JPEG or PNG" in heic
+    assert "missing.jpg" in missing
+    assert "nothing in it" in blank
+    assert result.stdout.splitlines()[1].startswith("d\\udcffgit.png   ")
+
+
+# ---------------------------------------------------------------- digits in pictures
 FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gif", "avif": "avif"}
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model that has seen enough real digits to know them, and test images that it knows, with their labels."""
-    config = mini_vit.Config(n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0)
+    """A model that has learned real digits, and test images that it knows, with their labels."""
+    shape = {"n_layers": 1, "n_head": 8, "d_head": 32, "n_embd": 256, "dropout": 0.0}
+    config = mini_vit.Config(**shape, max_iters=600, device="cpu")
     images, labels, test_images, test_labels = mini_vit.load_mnist(config)
-    trainer = mini_vit.Trainer(config, torch.device("cpu"), 1, {})
-    trainer.optimizer.param_groups[0]["lr"].fill_(1e-3)
-    for indices in mini_vit.shuffled_indices(len(images), config, 0):
-        trainer(images[indices], labels[indices])
-    right = (trainer.model.eval()(test_images[:2000]).argmax(-1) == test_labels[:2000]).nonzero().flatten()
+    trainer = mini_vit.Trainer(config, torch.device("cpu"))
+    trainer.set_depth(config.n_layers)
+    for group in trainer.optimizer.param_groups:
+        group["lr"].fill_(1e-3)
+    for step in range(1, config.max_iters + 1):
+        indices = mini_vit.batch_indices(step, len(images), config)
+        trainer.train_on(images[indices], labels[indices])
+    predicted = trainer.model.eval()(test_images[:2000]).argmax(-1)
+    right = (predicted == test_labels[:2000]).nonzero().flatten()
     return trainer.model, test_images[right], test_labels[right]
 
 
@@ -42,23 +378,28 @@ def read(model, picture: Image.Image, path) -> list[int]:
         return [model(digit[None]).argmax(-1).item() for digit in digits.read_digits(str(path))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_digit_is_read_from_any_kind_of_picture(kind, trained, tmp_path):
     model, images, labels = trained
-    rng, suffix = random.Random(kind), FILES.get(kind, "png")
+    rng = random.Random(kind)
+    path = tmp_path / f"digit.{FILES.get(kind, 'png')}"
     right = 0
     for image, label in zip(images[:20], labels[:20].tolist(), strict=True):
         with contextlib.suppress(ValueError):
-            right += read(model, draw(image.view(28, 28).numpy(), kind, rng), tmp_path / f"digit.{suffix}") == [label]
+            picture = draw(image.view(28, 28).numpy(), kind, rng)
+            right += read(model, picture, path) == [label]
     assert right >= (18 if kind in CHANCY else 19)
 
 
+@pytest.mark.slow
 def test_two_digits_are_read_from_left_to_right(trained, tmp_path):
     model, images, labels = trained
     rng, right = random.Random(1), 0
     for _ in range(20):
         i, j = rng.randrange(500), rng.randrange(500)
-        picture = two_digits(images[i].view(28, 28).numpy(), images[j].view(28, 28).numpy(), rng)
+        left, right_one = images[i].view(28, 28).numpy(), images[j].view(28, 28).numpy()
+        picture = two_digits(left, right_one, rng)
         right += read(model, picture, tmp_path / "two.png") == [labels[i].item(), labels[j].item()]
     assert right >= 19
 
@@ -70,6 +411,7 @@ def test_there_is_nothing_in_a_blank_sheet(kind, tmp_path):
         digits.read_digits(str(tmp_path / "blank.png"))
 
 
+@pytest.mark.slow
 def test_a_shadow_on_a_blank_sheet_is_nothing(tmp_path):
     rng, nothing = random.Random(1), 0
     for _ in range(60):
@@ -97,100 +439,3 @@ def test_mnist_images_come_back_nearly_unchanged(trained, tmp_path):
         (read,) = digits.read_digits(str(tmp_path / "digit.png"))
         distances.append((read.float() - image).abs().sum() / image.float().sum())
     assert torch.stack(distances).median() < 0.1
-
-
-def looking(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
-    """Run look.py as a user does, in a folder."""
-    command = [sys.executable, str(ROOT / "look.py"), "--device", "cpu", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
-
-
-def test_a_finished_run(script, main, tmp_path):
-    main(script, *TINY[script], *SHORT, "--out_dir", "runs/mine")
-    notebook = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    result = looking(cwd=tmp_path, **notebook)
-    assert result.returncode == 0 and result.stderr == ""
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"runs/mine: {script}.py, 24 steps")
-    assert [line.split(":")[0] for line in lines[1:]] == [
-        "test loss",
-        *(f"accuracy of {d}" for d in range(10)),
-        "accuracy",
-    ]
-    assert lines[-1].endswith(" of 10000)")
-    with Image.open(tmp_path / "runs" / "mine" / "report.png") as picture:
-        assert picture.width > 500 and len(set(picture.convert("L").tobytes())) > 50
-
-
-def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(main, tmp_path, monkeypatch):
-    """The second block joins at the last step, 25; the checkpoint of step 24 is evaluated without it."""
-    original = mini_vit.schedule
-    monkeypatch.setattr(mini_vit, "SIGNALS", [])
-    monkeypatch.setattr(mini_vit, "schedule", lambda n, c: (n == 24 and mini_vit.SIGNALS.append(15)) or original(n, c))
-    flags = [*RUN, "--max_iters", "25", "--eval_interval", "24", "--growth", "20", "--subset", "0"]
-    loss = main("mini_vit", *flags, status=143).stdout.split("test loss ")[1].split(",")[0]
-    assert torch.load("runs/mini_vit/checkpoint.pt", weights_only=True)["depth"] == 1
-    assert f"test loss: {loss}" in looking("runs/mini_vit", cwd=tmp_path).stdout
-
-
-@pytest.fixture
-def finished(main, tmp_path):
-    """The folder of a finished run."""
-    main("mini_vit", *RUN)
-    return tmp_path / "runs" / "mini_vit"
-
-
-def test_several_runs_are_compared(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for name, accuracies in {"a": (0.5, 0.9), "b": (0.8, 0.95)}.items():
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        rows = [f"{accuracy},{60 * minute}" for minute, accuracy in enumerate(accuracies, 1)]
-        (tmp_path / "runs" / name / "log.csv").write_text("\n".join(["test_accuracy,seconds", *rows, ""]))
-    assert look.main(["runs/a", "runs/b"]) == 0
-    assert capfd.readouterr() == ("runs/a: 90.00% after 2.0 minutes\nruns/b: 95.00% after 2.0 minutes\n", "")
-    with Image.open("runs/comparison.png") as picture:
-        assert picture.width > 500 and len(set(picture.convert("L").tobytes())) > 50
-    (tmp_path / "runs" / "b" / "log.csv").write_text("test_accuracy,seconds\n")
-    with pytest.raises(SystemExit, match=r"b/log\.csv: no evaluation yet"):
-        look.main(["runs/a", "runs/b"])
-
-
-def test_files_that_are_no_image_do_not_stop_the_others(finished, tmp_path):
-    (tmp_path / "photo.heic").write_text("no image")
-    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
-    odd = b"d\xffgit.png".decode(errors="surrogateescape")
-    draw(np.eye(28, dtype=np.uint8) * 255, "plain", random.Random(1)).save(tmp_path / odd, "png")
-    result = looking("photo.heic", "missing.jpg", "blank.png", odd, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert result.returncode == 1
-    heic, missing, blank = result.stderr.splitlines()
-    assert "save it as JPEG or PNG" in heic and "missing.jpg" in missing and "nothing in it" in blank
-    assert result.stdout.splitlines()[1].startswith("d\\udcffgit.png   ")
-
-
-def test_without_matplotlib_there_are_numbers_and_one_line(finished, tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('hidden by the test')\n")
-    result = looking(cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 0 and result.stdout.splitlines()[-1].startswith("accuracy: ")
-    assert result.stderr.splitlines() == ["no report.png: ImportError: hidden by the test"]
-
-
-def test_what_cannot_be_looked_at_is_one_line(finished, tmp_path, monkeypatch):
-    def error(*arguments):
-        with pytest.raises(SystemExit) as stop:  # with a text: it goes to stderr, and the status is 1
-            look.main(["--device", "cpu", *arguments])
-        return subprocess.CompletedProcess(arguments, 1, "", stop.value.code)
-
-    (tmp_path / "empty").mkdir()
-    one_line(error("empty"), "empty/checkpoint.pt")
-    state = torch.load(finished / "model.pt", weights_only=True)
-    torch.save(state | {"script": "gone"}, finished / "model.pt")
-    one_line(error(), "gone.py", "beside look.py")
-    torch.save(state | {"model": {}}, finished / "model.pt")
-    one_line(error(), "mini_vit.py", "changed")
-    torch.save(state | {"config": {"other": 1}}, finished / "model.pt")
-    one_line(error(), "mini_vit.py", "changed")
-    (finished / "model.pt").write_bytes(b"half")
-    one_line(error(), "model.pt", "damaged")
-    shutil.rmtree(finished)
-    one_line(error(), "no run below runs/")

@@ -1,4 +1,4 @@
-"""The models and their training step: sizes, what each block gets, schedules, evaluation, CUDA graphs."""
+"""The models and their training step: sizes, blocks, schedules, evaluation, CUDA graphs."""
 
 import copy
 from contextlib import contextmanager
@@ -12,7 +12,11 @@ import mini_vit
 import mini_vit_augment
 import mini_vit_concat
 
-PARAMETERS = {"mini_vit": 118_148_810, "mini_vit_concat": 492_622_490, "mini_vit_augment": 118_148_810}
+PARAMETERS = {
+    "mini_vit": 118_148_810,
+    "mini_vit_concat": 492_622_490,
+    "mini_vit_augment": 118_148_810,
+}
 PARAMETERS |= {"vit": 803_338}
 
 
@@ -35,7 +39,9 @@ def test_concat_gives_every_block_the_image():
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         block.register_forward_hook(lambda _, args, out: outputs.append(out))
     logits = model(images)
-    firsts = [model.embed(images)] + [layer(out) for layer, out in zip(model.reduce, outputs, strict=True)]
+    firsts = [model.embed(images)] + [
+        layer(out) for layer, out in zip(model.reduce, outputs, strict=True)
+    ]
     expected = [torch.cat([first, images], -1) for first in firsts]
     for x, formula in zip(inputs, expected[:-1], strict=True):
         torch.testing.assert_close(x, formula)
@@ -43,7 +49,9 @@ def test_concat_gives_every_block_the_image():
 
 
 def test_a_new_block_of_concat_passes_on_what_it_gets():
-    model = mini_vit_concat.Transformer(mini_vit_concat.Config(n_layers=2, n_head=8, d_head=100, n_embd=800))
+    model = mini_vit_concat.Transformer(
+        mini_vit_concat.Config(n_layers=2, n_head=8, d_head=100, n_embd=800)
+    )
     x = torch.rand(5, 800)
     torch.testing.assert_close(model.reduce[1](x), x[:, :16])
 
@@ -52,25 +60,28 @@ def test_a_new_block_of_concat_passes_on_what_it_gets():
 def test_learning_rate_warms_up_and_decays(module, warmup_iters):
     """Also where nothing is left to decay: a run as short as its warmup, or shorter."""
     config = module.Config(learning_rate=1.0, max_iters=100, warmup_iters=warmup_iters)
-    rates = [module.schedule(step, config)[0] for step in range(1, 101)]
+    rates = [module.learning_rate(step, config) for step in range(1, 101)]
     warmup, decay = rates[:warmup_iters], rates[warmup_iters:]
     assert all(0 <= rate <= 1 for rate in rates)
     assert warmup == sorted(warmup) and decay == sorted(decay, reverse=True)
     if warmup_iters < 100:
         assert max(rates) > 0.999 and rates[-1] == 0
-    if warmup_iters == 20:  # the middle of the cosine
-        assert rates[59] == pytest.approx(0.5)
+    if warmup_iters == 20:
+        assert rates[0] == pytest.approx(2 / 20)
+        assert rates[18] == rates[19] == 1  # steps 19 and 20: see the docstring
+        assert rates[59] == pytest.approx(0.5)  # the middle of the cosine
 
 
 def test_depth_grows_from_the_first_blocks_to_all(module):
     config = module.Config(n_layers=4, max_iters=100, first_layers=1, growth=2.0)
 
     def depths(config):
-        return [module.schedule(step, config)[1] for step in range(1, 101)]
+        return [module.blocks_in_use(step, config) for step in range(1, 101)]
 
     first = depths(config)
     assert first == sorted(first)
-    assert [first.index(n) + 1 for n in (1, 2, 3, 4)] == [1, 51, 71, 87]  # the first steps past 100 sqrt((n - 1) / 4)
+    # The first steps past 100 sqrt((n - 1) / 4).
+    assert [first.index(n) + 1 for n in (1, 2, 3, 4)] == [1, 51, 71, 87]
     config.first_layers = 3
     assert depths(config) == [max(3, depth) for depth in first]
     config.first_layers = 5
@@ -97,20 +108,26 @@ def test_uint8_images_are_pixels_from_0_to_1(module):
 def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
     model, (images, labels) = random_model(module, dropout=0.5), random_images(103)
     loss, probabilities = module.evaluate(model, images, labels, 103)
-    assert probabilities.shape == (103, 10) and model.training
+    assert probabilities.shape == (103, 10) and not model.training  # as it was
+    model.train()
     for batch_size in (1, 10, 1000):
         again, same = module.evaluate(model, images, labels, batch_size)
-        assert again == pytest.approx(loss, rel=1e-5)
+        assert again == pytest.approx(loss, rel=1e-5) and model.training
         torch.testing.assert_close(same, probabilities, rtol=1e-4, atol=1e-6)
 
 
 def trained_on(module, images, labels, **changes) -> tuple:
     """Return the model before a training step, and the images on which it is trained at last."""
-    trainer, seen = module.Trainer(small_config(module, dropout=0.0, **changes), torch.device("cpu"), 1, {}), []
+    config = small_config(module, dropout=0.0, **changes)
+    trainer = module.Trainer(config, torch.device("cpu"))
+    trainer.set_schedules(config.max_iters)
+    seen = []
     trainer.model.load_state_dict(random_model(module).state_dict())
-    trainer.model.eval().register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    trainer.model.eval().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone())
+    )
     before = copy.deepcopy(trainer.model)
-    trainer.step(images, labels)
+    trainer.update(images, labels)
     return before, seen[-1]
 
 
@@ -121,7 +138,8 @@ def test_adversarial_images_raise_the_loss(module):
     change = adversarial - images / 255
     torch.testing.assert_close(change.abs(), torch.full_like(change, 0.01))
     before, after, opposite = (
-        cross_entropy(model(x), labels, reduction="none").detach() for x in (images, adversarial, images / 255 - change)
+        cross_entropy(model(x), labels, reduction="none").detach()
+        for x in (images, adversarial, images / 255 - change)
     )
     assert (after > before).all() and (opposite < before).all()
 
@@ -135,11 +153,11 @@ def test_the_easy_share_of_a_batch_is_left_out(share, n):
 
 
 def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
-    """CUDA graphs, pretended: recording leaves no trace; a replay runs the step on what the recorded batch holds."""
+    """CUDA graphs, pretended: recording leaves no trace; a replay runs the update on its batch."""
     config = mini_vit.Config(n_layers=2, n_head=4, d_head=14, n_embd=56, dropout=0.0)
-    recorded, usual = (mini_vit.Trainer(config, torch.device("cpu"), 1, {}) for _ in range(2))
-    recorded.recorded, replays = True, []
-    model, optimizer = recorded.model, recorded.optimizer
+    trainer, usual = (mini_vit.Trainer(config, torch.device("cpu")) for _ in range(2))
+    model, optimizer = trainer.model, trainer.optimizer
+    replays = []
 
     @contextmanager
     def record(*_, **__):
@@ -149,57 +167,67 @@ def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": before[1]})
 
     class Graph:
-        def __init__(self):
-            self.depth = model.depth
-
         def replay(self):
-            recorded.loss.copy_(recorded.step(*recorded.batch))
-            replays.append(self.depth)
+            recorded = trainer.train_on
+            recorded.loss.copy_(recorded.update(recorded.images, recorded.labels))
+            replays.append(model.depth)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    for depth in [1] * 6 + [2] * 6:
-        images, labels = random_images(8)
-        for trainer in (recorded, usual):
-            trainer.model.depth = depth
-            trainer.optimizer.param_groups[0]["lr"].fill_(1e-3)
-        assert recorded(images, labels) == usual(images, labels)
+    for depth in (1, 2):
+        for one in (trainer, usual):
+            one.set_depth(depth)
+            one.optimizer.param_groups[0]["lr"].fill_(1e-3)
+        trainer.train_on = mini_vit.RecordedUpdate(trainer.update)
+        for _ in range(6):
+            images, labels = random_images(8)
+            assert trainer.train_on(images, labels) == usual.train_on(images, labels)
     assert replays == [1, 1, 1, 2, 2, 2]
     assert_same(model.state_dict(), usual.model.state_dict())
 
 
 def test_weight_decay_is_for_matrices_only_and_both_groups_share_the_learning_rate(module):
     config = small_config(module)
-    matrices, others = module.Trainer(config, torch.device("cpu"), 1, {}).optimizer.param_groups
-    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
+    matrices, others = module.Trainer(config, torch.device("cpu")).optimizer.param_groups
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in others["params"]} == {
+        1
+    }
     assert (matrices["weight_decay"], others["weight_decay"]) == (config.weight_decay, 0)
-    assert matrices["lr"] is others["lr"]
+    trainer = module.Trainer(config, torch.device("cpu"))
+    trainer.set_schedules(50)
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"].item() == pytest.approx(module.learning_rate(50, config))
 
 
-def test_precision_follows_the_device_or_the_flag(module, default_precision):
-    made_for_it = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "float32"
-    for precision, expected in {"auto": made_for_it, "float32": "float32", "bfloat16": "bfloat16"}.items():
-        model = module.Trainer(small_config(module, precision=precision), torch.device("cpu"), 1, {}).model
-        assert model.precision == expected
+def test_precision_follows_the_device_or_the_flag(module):
+    has_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    expected = {"auto": "bfloat16" if has_it else "float32"}
+    expected |= {"float32": "float32", "bfloat16": "bfloat16"}
+    for precision, chosen in expected.items():
+        config = small_config(module, precision=precision)
+        model = module.Trainer(config, torch.device("cpu")).model
+        assert model.precision == chosen
         assert model(torch.rand(2, 784)).dtype == torch.float32  # logits and weights always are
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-    layer = model.blocks[0].ff[0]
-    x = torch.randn(512, layer.in_features)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-    assert (layer(x) - exact).norm() < 1e-5 * exact.norm()  # float32 keeps its precision; bfloat16: 3e-3
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_without_bfloat16_of_its_own_uses_float32(native, monkeypatch, default_precision):
-    """Such as a T4. The device is pretended: it stands for CUDA only where precision is chosen."""
+def test_a_gpu_without_bfloat16_of_its_own_uses_float32(native, monkeypatch):
+    """Such as a T4, which emulates it."""
 
-    class Device:
-        type = "cuda"
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or native
 
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **__: None)
-    config = mini_vit.Config(n_layers=1, n_head=4, d_head=14, n_embd=56, compile="off")
-    assert mini_vit.Trainer(config, Device(), 1, {}).model.precision == ("bfloat16" if native else "float32")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    chosen = mini_vit.choose_precision(mini_vit.Config(), torch.device("cuda"))
+    assert chosen == ("bfloat16" if native else "float32")
+
+
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_what_depends_on_the_device_is_decided_when_it_is_known(on_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    batch_size = 4096 if on_cuda else 1024
+    assert mini_vit_augment.Config().batch_size == batch_size
+    assert mini_vit_augment.Config(device="cpu").batch_size == 1024
+    assert mini_vit_augment.Config(device="cuda:1").max_iters == 10000
+    assert mini_vit_augment.Config(device="cpu", growth=0.0).growth == 0

@@ -32,14 +32,15 @@ RUN = [*TINY["mini_vit"], *SHORT]
 
 def saved_steps(module, monkeypatch) -> list[int]:
     """Return a list that gets the step of every checkpoint that a script writes from now on."""
-    steps, original = [], module.write
+    steps = []
+    original = module.write_whole
 
-    def write(path, content):
+    def write_whole(path, write):
+        original(path, write)
         if path.name == "checkpoint.pt":
-            steps.append(content["iter"])
-        original(path, content)
+            steps.append(torch.load(path, weights_only=True)["iter"])
 
-    monkeypatch.setattr(module, "write", write)
+    monkeypatch.setattr(module, "write_whole", write_whole)
     return steps
 
 
@@ -60,6 +61,7 @@ def whole(script, main, tmp_path_factory, cache={}):  # noqa: B006
     return cache[script]
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, main, tmp_path, whole):
     killed = start(script, *TINY[script], *LONG, "--out_dir", "killed", replacing=SAVE_OFTEN)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
@@ -73,18 +75,22 @@ def test_kill_9_and_resume_is_as_if_nothing_had_happened(script, start, main, tm
     assert_finished_alike(tmp_path / "killed", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, number, status",
-    [(script, signal.SIGINT, 130) for script in SCRIPTS] + [("mini_vit_augment", signal.SIGTERM, 143)],
+    [(script, signal.SIGINT, 130) for script in SCRIPTS]
+    + [("mini_vit_augment", signal.SIGTERM, 143)],
     indirect=["script"],
 )
-def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, main, tmp_path, whole):
+def test_a_signal_saves_and_says_how_to_resume(
+    script, number, status, start, main, tmp_path, whole
+):
     process = start(script, *TINY[script], *LONG, "--out_dir", "stopped", start_new_session=True)
     wait_for((tmp_path / "stopped" / "log.csv").exists, process)
     os.killpg(process.pid, number)  # as a terminal does: to workers, too, if they were in its group
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
-    assert "--resume --out_dir stopped" in out.splitlines()[-1]
+    assert f"{script}.py --resume --out_dir stopped" in out.splitlines()[-1]
     assert err == ""
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoint.pt", "log.csv"}
     main(script, "--resume", "--out_dir", "stopped")
@@ -92,18 +98,18 @@ def test_a_signal_saves_and_says_how_to_resume(script, number, status, start, ma
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_resuming_on_a_gpu_is_exact(script, module, main, tmp_path, monkeypatch):
-    """The steps before and after the stop are replayed from other CUDA graphs, or run one kernel after the other."""
+def test_resuming_on_a_gpu_is_exact(script, module, main, tmp_path, signal_at):
+    """Steps before and after the stop are replayed from other CUDA graphs, or run as usual."""
     flags = [*TINY[script], *LONG, "--device", "cuda", "--dropout", "0.1"]
     main(script, *flags, "--out_dir", "whole")
-    schedule = module.schedule
-    monkeypatch.setattr(module, "schedule", lambda n, c: (n == 47 and module.SIGNALS.append(15)) or schedule(n, c))
+    calm = signal_at(module, 47)
     main(script, *flags, "--out_dir", "stopped", status=143)
-    module.SIGNALS.clear()
+    calm()
     main(script, "--resume", "--out_dir", "stopped")
     assert_finished_alike(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_impatient_ctrl_c_stops_at_once_and_harms_nothing(start, tmp_path):
     flags = [*TINY["mini_vit_augment"], *SHORT, "--max_iters", "100000", "--eval_interval", "30"]
     process = start("mini_vit_augment", *flags, replacing=SAVE_OFTEN, start_new_session=True)
@@ -117,9 +123,11 @@ def test_impatient_ctrl_c_stops_at_once_and_harms_nothing(start, tmp_path):
     assert torch.load(checkpoint, weights_only=True)["iter"] >= 10
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     flags = [*TINY[script], *SHORT, "--dropout", "0", "--seed", "3"]
-    # bfloat16 rounds sums over half a batch by other amounts; adversarial pixels whose gradient is all but 0 may flip
+    # bfloat16 rounds sums over half a batch by other amounts, and adversarial pixels whose gradient
+    # is all but 0 may flip.
     flags += ["--precision", "float32", "--adversarial", "0"]
     if script in ("mini_vit_augment", "vit"):  # each process augments its share by itself
         flags += STILL
@@ -131,7 +139,7 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     assert "find_unused_parameters" not in result.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in [name for name in one if name.endswith("qkv.bias")]:
-        for model in (one, two):  # a bias of the keys cancels out in the softmax: its gradient is nothing but rounding
+        for model in (one, two):  # a bias of the keys cancels out in the softmax
             q, _, v = model[name].chunk(3)
             model[name] = torch.cat([q, v])
     assert_same(one, two, rtol=1e-3, atol=2e-5)
@@ -139,12 +147,13 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_agents_train_together(start, tmp_path):
     """Two nodes, pretended on one machine: the second writes nothing."""
     agents = []
     for rank in (0, 1):
-        launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}"]
-        launch += ["--master_addr=127.0.0.1", "--master_port=29511"]
+        launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        launch += [f"--node_rank={rank}", "--master_addr=127.0.0.1", "--master_port=29511"]
         (folder := tmp_path / f"node{rank}").mkdir()
         command = [sys.executable, *launch, str(ROOT / "mini_vit.py"), *RUN]
         agents.append(subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True))
@@ -156,16 +165,24 @@ def test_two_agents_train_together(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, flag", [(script, "--adversarial=0.1") for script in SCRIPTS] + [("mini_vit_augment", "--easy_share=0.75")]
+    "script, flag",
+    [(script, "--adversarial=0.1") for script in SCRIPTS]
+    + [("mini_vit_augment", "--easy_share=0.75")],
 )
 def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
-    flags = [*TINY[script], *SHORT, "--learning_rate", "1e-9"]  # the losses are those of the first weights
+    flags = [
+        *TINY[script],
+        *SHORT,
+        "--learning_rate",
+        "1e-9",
+    ]  # the losses are those of the first weights
     main(script, *flags, f"{flag.split('=')[0]}=0", "--out_dir", "all")
     main(script, *flags, flag, "--out_dir", "hard")
     for usual, hard in zip(rows(tmp_path / "all"), rows(tmp_path / "hard"), strict=True):
         assert float(hard["train_loss"]) > float(usual["train_loss"]) + 0.05
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_two_processes_and_one_goes_on(start, main, tmp_path):
     flags = [*TINY["mini_vit"], *LONG, "--dropout", "0", "--learning_rate", "5e-4"]
     main("mini_vit", *flags, "--out_dir", "whole")
@@ -178,6 +195,7 @@ def test_ctrl_c_stops_two_processes_and_one_goes_on(start, main, tmp_path):
     assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run(start, tmp_path):
     process = start("mini_vit", *RUN, "--max_iters", "100000", processes=2)
     wait_for((tmp_path / "runs" / "mini_vit" / "log.csv").exists, process)
@@ -201,51 +219,78 @@ def test_run_again_goes_to_the_next_free_folder(main, tmp_path):
         again = main("mini_vit", *RUN, "--seed", str(n))
         assert "runs/mini_vit holds a run" in again.stdout
         assert f"python look.py runs/mini_vit-{n}" in again.stdout
-    assert (
-        len({float(w.double().sum()) for w in (weights(f)["head.weight"] for f in (tmp_path / "runs").iterdir())}) == 3
-    )
+    heads = [weights(folder)["head.weight"] for folder in (tmp_path / "runs").iterdir()]
+    assert len({float(head.double().sum()) for head in heads}) == 3
     assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
 
 
 def test_a_named_folder_that_holds_a_run_is_refused(main, tmp_path):
     main("mini_vit", *RUN, "--out_dir", "mine")
     before = weights(tmp_path / "mine")
-    one_line(main("mini_vit", *RUN, "--seed", "2", "--out_dir", "mine", status=1), "mine", "--resume", "--out_dir")
+    one_line(
+        main("mini_vit", *RUN, "--seed", "2", "--out_dir", "mine", status=1),
+        "mine",
+        "--resume",
+        "--out_dir",
+    )
     assert_same(weights(tmp_path / "mine"), before)
 
 
-def test_resume_takes_the_run_that_was_stopped_last(start, main, tmp_path):
-    main("mini_vit", *RUN)
-    for _ in range(2):
-        process = start("mini_vit", *TINY["mini_vit"], *LONG)
-        wait_for(lambda: len(list((tmp_path / "runs").iterdir())) > 1 + _, process)  # noqa: B023
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == 143
-    main("mini_vit", "--resume")
+def test_resume_guesses_nothing(main, signal_at, tmp_path):
+    """It continues the run in out_dir, whatever files' dates say, and names others only as a hint."""
+    for out_dir in ("runs/mini_vit", "runs/mini_vit-2"):
+        calm = signal_at(mini_vit, 5)
+        main("mini_vit", *RUN, status=143)
+        calm()
+        path = tmp_path / out_dir / "checkpoint.pt"
+        assert torch.load(path, weights_only=True)["config"]["out_dir"] == out_dir
+    result = main("mini_vit", "--resume")  # not the newer runs/mini_vit-2
+    assert "going on with runs/mini_vit from step 5" in result.stdout
     left = {path.parent.name for path in (tmp_path / "runs").glob("*/checkpoint.pt")}
     assert left == {"mini_vit-2"}
-    main("mini_vit", "--resume")
+    one_line(main("mini_vit", "--resume", status=1), "checkpoint.pt", "runs/mini_vit-2")
+    main("mini_vit", "--resume", "--out_dir", "runs/mini_vit-2")
     one_line(main("mini_vit", "--resume", status=1), "checkpoint.pt")
 
 
-def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch, tmp_path):
+def test_flags_are_checked_together_with_the_checkpoint_s_settings(main, signal_at):
+    signal_at(mini_vit, 5)
+    main("mini_vit", *RUN, status=143)
+    main("mini_vit", "--resume", "--n_head", "4", "--max_iters", "4", status=1)
+    result = main("mini_vit", "--resume", "--n_head", "5", status=1)
+    one_line(result, "n_head 5 * d_head 14 must be n_embd 56")
+
+
+def test_resume_auto_starts_continues_and_ends(main, signal_at, tmp_path):
+    """The same command, again and again, as a cluster that preempts jobs runs it."""
+    command = ["mini_vit", *RUN, "--resume", "auto"]
+    calm = signal_at(mini_vit, 5)
+    main(*command, status=143)
+    calm()
+    assert "from step 5" in main(*command).stdout
+    assert "finished" in main(*command).stdout
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mini_vit"]
+
+
+def test_resume_auto_starts_again_what_was_killed_before_its_first_checkpoint(main, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "log.csv").touch()
+    main("mini_vit", *RUN, "--resume", "auto", "--out_dir", "mine")
+    assert len(rows(folder)) == 3
+
+
+def test_a_longer_run_keeps_the_blocks_it_has(main, monkeypatch, signal_at, tmp_path):
     """With max_iters raised, the schedule asks for fewer blocks; the network must keep them."""
-    monkeypatch.setattr(mini_vit, "SIGNALS", [])
-    original = mini_vit.schedule
-
-    def schedule(step, config):
-        if step == 24 and config.max_iters == 25:
-            mini_vit.SIGNALS.append(signal.SIGTERM)
-        return original(step, config)
-
-    monkeypatch.setattr(mini_vit, "schedule", schedule)
+    calm = signal_at(mini_vit, 24)
     main("mini_vit", *RUN, "--max_iters", "25", "--growth", "0.5", status=143)
-    mini_vit.SIGNALS.clear()
+    calm()
     state = torch.load(tmp_path / "runs" / "mini_vit" / "checkpoint.pt", weights_only=True)
     assert (state["iter"], state["depth"]) == (24, 2)
-    monkeypatch.setattr(mini_vit, "schedule", lambda step, config: (original(step, config)[0], 1))
+    monkeypatch.setattr(mini_vit, "blocks_in_use", lambda step, config: 1)
     main("mini_vit", "--resume", "--max_iters", "48")
-    assert torch.load(tmp_path / "runs" / "mini_vit" / "model.pt", weights_only=True)["depth"] == 2
+    model = torch.load(tmp_path / "runs" / "mini_vit" / "model.pt", weights_only=True)
+    assert model["depth"] == 2
 
 
 def test_a_bar_in_a_terminal_shows_step_and_loss(main, monkeypatch):
@@ -254,12 +299,13 @@ def test_a_bar_in_a_terminal_shows_step_and_loss(main, monkeypatch):
     assert bar.startswith("100%|") and "24/24" in bar and "loss" in bar
 
 
+@pytest.mark.slow
 def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for archive in (ROOT / "data" / "MNIST" / "raw").glob("*.gz"):
         shutil.copy(archive, raw)
-    runs = [start(s, *TINY[s], *SHORT, "--data_dir", "data", env={"OMP_NUM_THREADS": "1"}) for s in SCRIPTS]
+    runs = [start(s, *TINY[s], *SHORT, "--data_dir", "data") for s in SCRIPTS]
     for process in runs:
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
@@ -267,15 +313,17 @@ def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
 
 
 def test_a_checkpoint_follows_after_so_many_seconds(main, monkeypatch):
-    """With no evaluation in sight, it is still written, at the steps that look at the loss; the end leaves none."""
+    """Also with no evaluation in sight, at the steps that look at the loss; the end leaves none."""
     steps = saved_steps(mini_vit, monkeypatch)
-    main("mini_vit", *RUN, "--max_iters", "25", "--eval_interval", "1000", save_seconds=0)
-    assert steps == [10, 20, 25]
+    flags = [*RUN, "--max_iters", "25", "--eval_interval", "1000"]
+    main("mini_vit", *flags, save_seconds=0)
+    assert steps == [10, 20]
     steps.clear()
     main("mini_vit", *RUN)
     assert steps == []
 
 
+@pytest.mark.slow
 def test_each_line_is_in_the_file_when_it_is_printed(start, tmp_path):
     with open(tmp_path / "log.txt", "w") as log:
         process = start("mini_vit", *RUN, "--max_iters", "100000", stdout=log)
@@ -297,19 +345,21 @@ def test_freed_memory_is_kept():
         before = faults()
         mini_vit.set_up(mini_vit.Config(device="cpu"))
         print(before, faults())"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    before, after = map(int, done.stdout.split())
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    before, after = map(int, output.split())
     assert after < before / 10
 
 
 def test_each_pass_takes_each_image_once(module):
     config = module.Config(batch_size=30, max_iters=20)
-    indices = torch.cat(list(module.shuffled_indices(100, config, 0)))
-    assert len(indices) == 600
+    batches = [module.batch_indices(step, 100, config) for step in range(1, 21)]
+    indices = torch.cat(batches)
+    assert {len(batch) for batch in batches} == {30}
     for one_pass in indices.split(100):
         assert sorted(one_pass.tolist()) == list(range(100))
     assert not torch.equal(indices[:100], indices[100:200])
-    assert torch.equal(next(module.shuffled_indices(100, config, 7)), indices[7 * 30 : 8 * 30])
+    large = module.Config(batch_size=250, max_iters=20)
+    assert torch.equal(module.batch_indices(2, 100, large), indices[250:500])
 
 
 def test_importing_a_script_changes_nothing(script):
