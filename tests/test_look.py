@@ -101,6 +101,7 @@ def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(main, tmp_path, mon
     assert f"test loss: {loss}" in looking("runs/mini_vit", cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_first_evaluation(main, tmp_path, monkeypatch, capfd):
     original = mini_vit.blocks_in_use
 
