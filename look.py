@@ -59,10 +59,10 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
         device, *_ = script.set_up(config)
         model = script.Transformer(config).to(device)
         model.load_state_dict(weights)
-    except (TypeError, RuntimeError, ValueError) as error:
+        model.precision = script.choose_precision(config, device)
+        model.depth = state["depth"]
+    except (TypeError, RuntimeError, ValueError, LookupError, AttributeError) as error:
         fail(f"{path} doesn't fit {name}.py: was that changed since? ({first_line(error)})")
-    model.precision = script.choose_precision(config, device)
-    model.depth = state["depth"]
     return Run(script, config, device, model.eval(), state)
 
 
@@ -116,9 +116,11 @@ def inputs_of_attention(model: nn.Module) -> Iterator[list]:
         seen.append((module, args[0]))
 
     hooks = [block.attn.register_forward_pre_hook(remember) for block in model.blocks]
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attention_matrix(model: nn.Module, image: Tensor, block: int) -> Tensor:
@@ -316,7 +318,7 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / "log.csv"
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         fail(f"can't read {path} ({type(error).__name__})")
     if ";" in text:
         fail(f"{path} has semicolons: a spreadsheet has changed it; save it with commas")
@@ -362,19 +364,18 @@ def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
 
 def compare(folders: list[Path]) -> None:
     """Print the last accuracy of each run, and draw comparison.png beside the first."""
-    names = [folder.name for folder in folders]
+    names = [folder.resolve().name for folder in folders]  # "." has no name itself
     logs = {}
-    for folder in folders:
+    for folder, name in zip(folders, names, strict=True):
         rows = read_log(folder)
-        name = folder.name if names.count(folder.name) == 1 else str(folder)
-        logs[name] = rows
+        logs[name if names.count(name) == 1 else str(folder)] = rows
         accuracy, minutes = rows[-1]["test_accuracy"], rows[-1]["seconds"] / 60
         print(f"{folder}: {accuracy:.2%} after {minutes:.1f} minutes")
 
     def draw(path: Path) -> None:
         draw_comparison(logs, path)
 
-    try_to_draw(draw, folders[0].parent / "comparison.png")
+    try_to_draw(draw, folders[0].resolve().parent / "comparison.png")
 
 
 # ---------------------------------------------------------------------------- your own digits
@@ -450,6 +451,8 @@ def main(argv: list[str] | None = None) -> int:
         compare(runs)
         return 0
     paths = args.paths[1:] if runs else args.paths
+    if any(map(is_run, paths)):
+        fail("name either several runs, or one run and then images")
     folder = runs[0] if runs else newest_run()
     images = [image for path in paths for image in images_in(path)]
     run = load_run(folder, args.data_dir, args.device)

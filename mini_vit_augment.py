@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 FILE = Path(globals().get("__file__", "mini_vit_augment.py"))  # a notebook's cell has no file
 SCRIPT = FILE.stem
-SAVE_SECONDS = 300  # the most training time that a crash may cost
+SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
@@ -65,10 +65,10 @@ class Config:
     batch_size: int = -1  # images per optimizer step; -1 is 4096 on CUDA, 1024 elsewhere
     max_iters: int = -1  # optimizer steps; -1 is 10000 on CUDA, 6000 elsewhere
     eval_interval: int = 500  # optimizer steps between two evaluations
-    learning_rate: float = 1e-3  # AdamW's, at its peak; for all n_layers at once, 5e-4 is safer
+    learning_rate: float = 1e-3  # AdamW's, at its peak; 5e-4 is safer with growth 0
     warmup_iters: int = 200  # optimizer steps until the peak; then a cosine falls to 0 at max_iters
     weight_decay: float = 0.3  # AdamW's, on matrices only
-    beta2: float = 0.98  # AdamW's average of squared gradients; runs are short, so below 0.999
+    beta2: float = 0.98  # decay of AdamW's squared gradients; below 0.999, as runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
     adversarial: float = (
@@ -84,21 +84,21 @@ class Config:
         -1
     )  # processes that augment; 0: none but this one, -1: one per core, up to 16
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
-    d_head: int = 56  # features per head; each one is a token
+    d_head: int = 56  # numbers per head; each number is one token
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
     first_layers: int = -1  # blocks in use at first; -1 is 4 on CUDA, 1 elsewhere
-    growth: float = (
-        -1
-    )  # later: n_layers * (step / max_iters) ** growth blocks; -1: 24 on CUDA, else 60
+    growth: float = -1  # later: n_layers * (step / max_iters) ** growth; -1: 24 on CUDA, else 60
     seed: int = 1  # of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
-    precision: str = "auto"  # float32 (on CUDA: TF32) or bfloat16; auto: bfloat16 if in hardware
+    precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; if taken, -2, -3, ... is added
-    subset: int = 0  # train and test on the first so many images of each set; 0 is all
-    holdout: int = 0  # test on so many training images, the last, which are left out of training
+    out_dir: str = (
+        f"runs/{SCRIPT}"  # the run's folder; if the default is taken, -2, -3, ... is added
+    )
+    subset: int = 0  # use only the first so many images of each set; 0 is all
+    holdout: int = 0  # keep so many last training images out of training, and test on them
 
     def __post_init__(self):
         """Raise ValueError, whose text is one line, for values that can't be used."""
@@ -139,7 +139,8 @@ class Config:
 # ---------------------------------------------------------------- data
 def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
-    images = read_archive("train-images-idx3", config)[16:].view(-1, 784)  # behind a header
+    # Images follow a header of 16 bytes, labels one of 8.
+    images = read_archive("train-images-idx3", config)[16:].view(-1, 784)
     labels = read_archive("train-labels-idx1", config)[8:].long()
     test_images = read_archive("t10k-images-idx3", config)[16:].view(-1, 784)
     test_labels = read_archive("t10k-labels-idx1", config)[8:].long()
@@ -181,6 +182,7 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
 @functools.lru_cache(maxsize=2)  # many steps share a pass
 def shuffled(n_images: int, n_pass: int, seed: int) -> Tensor:
     """Return the order (n_images,) in which a pass takes the images."""
+    # Unlike a string's, the hash of a tuple of numbers is the same in each process.
     generator = torch.Generator().manual_seed(hash((seed, n_pass)))
     return torch.randperm(n_images, generator=generator)
 
@@ -340,7 +342,7 @@ def usable_cores() -> int:
 
 # ---------------------------------------------------------------- model
 class Transformer(nn.Module):
-    """Logits of whole images: the residual stream of one image is one vector of n_embd numbers."""
+    """Classifies images: the residual stream of an image is one vector of n_embd numbers."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -351,7 +353,7 @@ class Transformer(nn.Module):
         self.ln = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, 10)
         self.depth = config.n_layers  # blocks in use
-        self.precision = config.precision  # of matrix products
+        self.precision = config.precision  # of matrix products; Trainer replaces "auto"
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
@@ -365,7 +367,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 10) of images (B, 784), uint8 or pixels in [0, 1]."""
+        """Return logits (B, 10) of images (B, 784): uint8, or floats for which white is 1."""
         x = images / 255 if images.dtype == torch.uint8 else images
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             x = self.embed(x).float()  # (B, n_embd); the residual stream stays float32
@@ -392,20 +394,21 @@ class Block(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """Attention among the features of one vector: in each head, every number is a token."""
+    """Attention within one vector: in each head, each of the d_head numbers is a token."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5
+        self.scale = config.n_embd**-0.5  # the original's choice
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores need float32
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); bfloat16 is too coarse for scores
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
         q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
+        # The same as attention_by_the_book(q, k, v, self.scale), but faster.
         out = scalar_attention(q, k, v, self.scale).flatten(1)  # (B, n_embd)
         return self.dropout(self.proj(out))
 
@@ -423,7 +426,7 @@ class FeedForward(nn.Sequential):
 
 
 def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return softmax_j(scale q_i k_j) v_j for q, k, v of shape (B, n_head, d_head)."""
+    """Return sum_j softmax_j(scale q_i k_j) v_j for q, k, v of shape (B, n_head, d_head)."""
     scores = scale * q.unsqueeze(-1) * k.unsqueeze(-2)  # (B, n_head, d_head, d_head), i by j
     weights = scores.softmax(-1)
     return (weights @ v.unsqueeze(-1)).squeeze(-1)
@@ -437,7 +440,7 @@ def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class RankOneAttention(torch.autograd.Function):
-    """softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
+    """sum_j softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
 
     The scores of tokens of width 1 are an outer product. With E_ij = exp(t_i k_j - max_j t_i k_j),
     n = sum_j E_ij, P = E / n, the output o = Pv and its gradient do:
@@ -560,8 +563,8 @@ def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None
 def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
-    The first step has 2 / warmup_iters of the peak, steps warmup_iters - 1 and warmup_iters have
-    all of it, and the last step has rate 0.
+    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters both
+    have all of it. The decay ends at 0 with the last step.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -571,7 +574,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: a shallow network learns faster, and costs less."""
+    """Return how many blocks a step uses: by default two for 94 % of a run, then ever more.
+
+    A shallow network learns faster, and costs less.
+    """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
 
@@ -594,7 +600,7 @@ def hardest(
 def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distance: float) -> Tensor:
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
-    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
+    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -625,8 +631,8 @@ class Trainer:
             capturable=device.type == "cuda",
         )
         self.step = 0  # optimizer steps done
-        self.depth = 0  # blocks in use
-        self.seconds = 0.0  # of training
+        self.depth = 0  # blocks in use; set_depth also sets what trains them
+        self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
 
@@ -634,13 +640,13 @@ class Trainer:
         """Set the learning rate and the number of blocks for a step."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(step, self.config))
-        # A run that was made longer keeps the blocks that it has.
+        # Never fewer than before: max_iters may have been raised on --resume.
         depth = max(self.depth, blocks_in_use(step, self.config))
         if depth != self.depth:
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
-        """Use the first `depth` blocks from now on."""
+        """Use the first `depth` blocks from now on; set train_on, which is update or a fast form."""
         self.depth = depth
         self.model.depth = depth
         self.parallel = self.model
@@ -650,20 +656,20 @@ class Trainer:
             ddp = nn.parallel.DistributedDataParallel
             self.parallel = ddp(self.model, find_unused_parameters=unused)
         elif self.device.type == "cuda":
-            self.train_on = RecordedUpdate(self.update)
+            self.train_on = RecordedUpdate(self.update)  # the same, faster on a GPU
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss."""
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:
+        if self.config.adversarial:  # train on these alone: the loss is above that of clean images
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach() + 0 * norm  # not finite if the gradient is not
+        return loss.detach() + 0 * norm  # nan if the gradient is not finite
 
     def state_dict(self) -> dict:
         """Return what checkpoint.pt holds: all that resuming needs."""
@@ -682,7 +688,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Go on from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
-        optimizer_state = self.optimizer.state_dict()  # its settings are those of config
+        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
         optimizer_state["state"] = state["optimizer"]
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
@@ -695,8 +701,8 @@ class Trainer:
 def train(config: Config, checkpoint: dict | None = None, folder: Path | None = None) -> int:
     """Train, print the results, and return the exit status: 0, or 128 + the number of a signal.
 
-    A checkpoint is where to go on from. A run without a folder gets a new one after its first
-    step, because a start that fails should leave no trace.
+    Training continues from the checkpoint, if there is one. A run without a folder gets a new one
+    after its first step, because a start that fails should leave no trace.
     """
     device, rank, world = set_up(config)
     train_images, train_labels, test_images, test_labels = load_mnist(config)
@@ -731,13 +737,13 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             if rank == 0 and folder is None:
                 folder = new_folder(config)
 
-            # Most steps end here: to look at the loss, the CPU has to wait for the GPU.
+            # Most steps end here, because reading the loss makes the CPU wait for the GPU.
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
             if step % 10 != 0 and not evaluating and not stop_number:
                 continue
             if not trainer.loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate")
-            trainer.seconds += stopwatch.lap()
+            trainer.seconds += stopwatch.lap()  # the wait for the GPU
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
 
             if evaluating and rank == 0:
@@ -759,7 +765,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to go on: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + (stop_number or stop.number)
+    return 0 if finished else 128 + max(stop_number, stop.number)
 
 
 # ---------------------------------------------------------------- hardware
@@ -884,7 +890,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        for wait in (0.1, 0.3, 1.0, None):  # on Windows, who reads a file locks it for a moment
+        for wait in (0.1, 0.3, 1.0, None):  # on Windows, a reader locks a file for a moment
             try:
                 os.replace(temporary, path)
                 return
@@ -892,7 +898,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
                 if wait is None:
                     raise
                 time.sleep(wait)
-    except RuntimeError as error:  # torch.save's word for a full disk
+    except RuntimeError as error:  # what torch.save raises when a disk is full
         raise OSError(first_line(error)) from error
     finally:
         with suppress(OSError):
@@ -900,7 +906,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
-    """Write checkpoint.pt or, once training is done, model.pt in its place; return if it worked."""
+    """Write checkpoint.pt or, once training is done, model.pt in its place; return whether it worked."""
     state = trainer.state_dict()
     name = "checkpoint.pt"
     if trainer.step == trainer.config.max_iters:
@@ -917,7 +923,7 @@ def save(trainer: Trainer, folder: Path) -> bool:
 
 
 def save_at_last(trainer: Trainer, folder: Path) -> None:
-    """Save when training ends: elsewhere if it can't be in the run's folder, and then fail."""
+    """Save when training ends; if the folder can't be written, save elsewhere and fail."""
     if save(trainer, folder):
         return
     rescue = Path(tempfile.gettempdir(), f"{SCRIPT}-{os.getpid()}")
@@ -966,6 +972,8 @@ def new_folder(config: Config) -> Path:
 def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     """Return the config and the state of the run in a folder; flags that were given come first."""
     path = folder / "checkpoint.pt"
+    if (folder / "model.pt").exists():
+        fail(f"{folder} holds a finished run: there is nothing to resume")
     if not path.exists():
         others = sorted(p.parent for p in folder.parent.glob("*/checkpoint.pt"))
         hint = f"; --out_dir can be {', '.join(map(str, others))}" if others else ""

@@ -12,18 +12,32 @@ KINDS = (
     "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned desk_partly vignette "
     "shadow specks ruled ruled_tilted squared baseline ballpoint ballpoint_photo pencil dashed"
 ).split()
-CHANCY = ("cropped", "dashed", "tiny", "pencil", "desk_turned", "shadow")  # where a person, too, may err
+CHANCY = (
+    "cropped",
+    "dashed",
+    "tiny",
+    "pencil",
+    "desk_turned",
+    "shadow",
+)  # where a person, too, may err
 
 
 def enlarged(digit: np.ndarray, size: int) -> np.ndarray:
     """Return a digit (28, 28) uint8 as ink from 0 to 1, (size, size)."""
-    return np.asarray(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+    return (
+        np.asarray(
+            Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), np.float32
+        )
+        / 255
+    )
 
 
 def placed(ink: np.ndarray, rng: random.Random, most: int = 200) -> np.ndarray:
     """Return ink somewhere on a larger sheet, with a margin around it."""
     size, margin = len(ink), most // 10
-    sheet = np.zeros((size + rng.randint(2 * margin, most), size + rng.randint(2 * margin, most)), np.float32)
+    sheet = np.zeros(
+        (size + rng.randint(2 * margin, most), size + rng.randint(2 * margin, most)), np.float32
+    )
     y, x = (rng.randint(margin, n - size - margin) for n in sheet.shape)
     sheet[y : y + size, x : x + size] = ink
     return sheet
@@ -48,7 +62,11 @@ def picture(pixels: np.ndarray) -> Image.Image:
 
 def grain(shape: tuple, strength: float, rng: random.Random) -> np.ndarray:
     """Return noise, the same in all colours."""
-    return np.random.default_rng(rng.randint(0, 10**6)).normal(0, strength, (*shape[:2], 1)).astype(np.float32)
+    return (
+        np.random.default_rng(rng.randint(0, 10**6))
+        .normal(0, strength, (*shape[:2], 1))
+        .astype(np.float32)
+    )
 
 
 def on_desk(page: np.ndarray, turned: bool, rng: random.Random) -> np.ndarray:
@@ -63,7 +81,11 @@ def on_desk(page: np.ndarray, turned: bool, rng: random.Random) -> np.ndarray:
 
 def lines(shape: tuple, kind: str, rng: random.Random) -> np.ndarray:
     """Return where ruled or squared paper has its lines."""
-    step, width, slope = rng.randint(30, 60), rng.randint(1, 2), rng.uniform(-0.04, 0.04) * (kind == "ruled_tilted")
+    step, width, slope = (
+        rng.randint(30, 60),
+        rng.randint(1, 2),
+        rng.uniform(-0.04, 0.04) * (kind == "ruled_tilted"),
+    )
     y, x = np.mgrid[: shape[0], : shape[1]]
     there = (y + slope * x).round().astype(int) % step < width
     return there | (x % step < width) if kind == "squared" else there
@@ -91,13 +113,19 @@ def draw_marked(page: np.ndarray, ink: np.ndarray, kind: str, rng: random.Random
         page[13:-13, 13:-13] = inner
     if kind == "specks":
         for _ in range(6):
-            y, x, size = rng.randint(0, len(page) - 4), rng.randint(0, page.shape[1] - 4), rng.randint(1, 4)
+            y, x, size = (
+                rng.randint(0, len(page) - 4),
+                rng.randint(0, page.shape[1] - 4),
+                rng.randint(1, 4),
+            )
             page[y : y + size, x : x + size] = 0.1
     if kind == "baseline":
         bottom = min(len(page) - 3, ink.any(1).nonzero()[0][-1] + 3)
         page[bottom : bottom + 2] = 0.3
     if kind in ("ruled", "ruled_tilted", "squared"):
-        paper = np.where(lines(ink.shape, kind, rng)[..., None], np.float32([0.45, 0.55, 0.8]), 0.92)
+        paper = np.where(
+            lines(ink.shape, kind, rng)[..., None], np.float32([0.45, 0.55, 0.8]), 0.92
+        )
         page = on_paper(ink, paper, (0.15, 0.15, 0.3)) + grain(ink.shape, 0.008, rng)
     return page
 
@@ -121,14 +149,20 @@ def draw_stored(ink: np.ndarray, kind: str) -> Image.Image:
         drawn.putalpha(picture(ink))
         return drawn
     if kind == "lab":
-        to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        to_lab = ImageCms.buildTransform(
+            ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+        )
         return ImageCms.applyTransform(colour, to_lab)
     return {
         "plain": lambda: picture(ink),
         "inverted": lambda: picture(1 - ink),
-        "chalkboard": lambda: picture(on_paper(ink, np.float32([0.1, 0.25, 0.2]), (0.85, 0.85, 0.8))),
+        "chalkboard": lambda: picture(
+            on_paper(ink, np.float32([0.1, 0.25, 0.2]), (0.85, 0.85, 0.8))
+        ),
         "cmyk": lambda: colour.convert("CMYK"),
-        "gray16": lambda: Image.fromarray(((1 - 0.8 * ink.clip(0, 1)) * 40000 + 5000).astype(np.uint16)),
+        "gray16": lambda: Image.fromarray(
+            ((1 - 0.8 * ink.clip(0, 1)) * 40000 + 5000).astype(np.uint16)
+        ),
         "float": lambda: Image.fromarray((1 - 0.8 * ink) * 3.7),
         "one_bit": lambda: gray.convert("1"),
         "palette": lambda: colour.convert("P"),
@@ -144,7 +178,9 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
     size = rng.randint(20, 40) if kind == "tiny" else rng.randint(120, 300)
     ink = enlarged(digit, size)
     if kind == "cropped":  # the digit touches all four edges
-        return picture(ink).crop(Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).getbbox())
+        return picture(ink).crop(
+            Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).getbbox()
+        )
     if kind == "thick":
         ink = ndimage.grey_dilation(ink, (size // 28, size // 28))
     ink = placed(ink, rng, 30 if kind == "tiny" else 200)
@@ -164,7 +200,9 @@ def two_digits(first: np.ndarray, second: np.ndarray, rng: random.Random) -> Ima
     """Return a photograph of two digits side by side."""
     inks = [ink[:, (ink > 0.3).any(0)] for ink in (enlarged(first, 200), enlarged(second, 200))]
     gap = np.zeros((200, rng.randint(15, 50)), np.float32)
-    return picture(draw_lit(on_paper(np.pad(np.hstack([inks[0], gap, inks[1]]), 50)), "photograph", rng))
+    return picture(
+        draw_lit(on_paper(np.pad(np.hstack([inks[0], gap, inks[1]]), 50)), "photograph", rng)
+    )
 
 
 def blank(light=lambda x, y: 0.8 + 0 * x, strength: float = 0.02) -> Image.Image:
@@ -179,7 +217,9 @@ def in_shadow(rng: random.Random) -> Image.Image:
     depth = rng.uniform(0.1, 0.3)
 
     def light(x, y):
-        return 0.8 - 0.8 * depth * (1 + np.tanh(sharpness * (np.cos(angle) * x + np.sin(angle) * y - edge)))
+        return 0.8 - 0.8 * depth * (
+            1 + np.tanh(sharpness * (np.cos(angle) * x + np.sin(angle) * y - edge))
+        )
 
     return blank(light)
 
@@ -192,7 +232,9 @@ BLANK = {
     "uneven": lambda: blank(lambda x, y: 0.5 + 0.3 * x),
     "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ((y * 150).astype(int) % 40 < 2)),
     "squared": lambda: blank(
-        lambda x, y: 0.9 - 0.4 * (((y * 150).astype(int) % 40 < 2) | ((x * 200).astype(int) % 40 < 2))
+        lambda x, y: (
+            0.9 - 0.4 * (((y * 150).astype(int) % 40 < 2) | ((x * 200).astype(int) % 40 < 2))
+        )
     ),
     "framed": lambda: blank(lambda x, y: np.where((abs(x) > 0.95) | (abs(y) > 0.95), 0.1, 0.9)),
 }
