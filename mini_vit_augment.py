@@ -574,7 +574,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: by default two for 94 % of a run, then ever more.
+    """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less.
     """
