@@ -24,9 +24,11 @@ ImageFile.LOAD_TRUNCATED_IMAGES = True  # a file that lacks its last bytes still
 MOST_PIXELS = 180_000_000  # of a file; Pillow's own limit, about 0.5 GB of memory for a picture in colour
 SMALLEST = 4  # pixels of a side; less can't show a digit
 AREA = 160_000  # pixels; a digit needs about 30 of height, and a page of three rows of ten still has that
+ENLARGE = 4  # times; MNIST's own 28 x 28 pixels show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
 BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gone and light remains
 WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
+NARROW_WINDOW = 1 / 8  # of the side; narrower than the margin of a page on a desk, which isn't light ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; less is not seen as ink by people, either
 NOISE_RATIO = 5  # contrast over noise; the darkest grains of a blank sheet reach 4
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is as dark as FAINT all along, and STRONG somewhere
@@ -103,14 +105,15 @@ def to_gray(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if image.mode == "LAB":
         image = image.getchannel("L")
-    scale = (AREA / (image.width * image.height)) ** 0.5
+    scale = min(ENLARGE, (AREA / (image.width * image.height)) ** 0.5)
     size = [max(1, round(n * scale)) for n in image.size]
     image = image.convert("RGBA").resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(image, np.float32) / 255
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     paper = (colour * alpha).mean() < 0.5 * alpha.mean()  # what is transparent contrasts with what is drawn
     colour = colour * alpha + paper * (1 - alpha)
-    strokes = (colour - blurred(colour)).reshape(-1, 3)
+    some = colour[::2, ::2]
+    strokes = (some - blurred(some)).reshape(-1, 3)
     direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
     return colour @ (direction / abs(direction).sum() * np.sign(direction.sum() or 1))
 
@@ -127,20 +130,32 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     Raise ValueError if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    if ((gray - blurred(gray)) ** 3).sum() > 0:  # strokes are few and stand out: here they are light
-        gray = -gray
-    window = round(WINDOW * gray.size**0.5)
-    hollow = ndimage.grey_closing(gray, (window, window), mode="nearest") - gray
-    seed = np.full_like(gray, gray.max())
-    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        seed[edge] = gray[edge]
-    filled = reconstruction(seed, gray, method="erosion")  # every dark place that doesn't reach the edge
-    ink = np.minimum(hollow, filled - gray)
-    ink = np.maximum(ink, hollow * cut_off(hollow > FAINT * contrast_of(hollow)))
+    ink = dark_strokes(-gray if is_light_ink(gray) else gray, WINDOW)
     contrast = contrast_of(ink)
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * np.median(ink)):
         raise ValueError("there is nothing in it")
     return (ink / contrast).clip(0, 1)
+
+
+def is_light_ink(gray: np.ndarray) -> bool:
+    """Return whether strokes are lighter than paper, by the third moment: they are few, and stand out."""
+    gray = gray[::2, ::2]  # enough for a sum
+    difference = gray - blurred(gray)
+    dark = np.minimum(dark_strokes(gray, NARROW_WINDOW), (-difference).clip(0))
+    light = np.minimum(dark_strokes(-gray, NARROW_WINDOW), difference.clip(0))
+    return (light**3).sum() > (dark**3).sum()
+
+
+def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
+    """Return how much darker each pixel is than the paper around it, where it belongs to a stroke."""
+    size = round(window * gray.size**0.5)
+    narrow = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
+    seed = np.full_like(gray, gray.max())
+    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        seed[edge] = gray[edge]
+    paper = reconstruction(seed, gray, method="erosion")  # fills each dark place that doesn't reach the edge
+    cut = narrow * cut_off(narrow > FAINT * contrast_of(narrow))
+    return np.maximum(cut, np.minimum(narrow, paper - gray))
 
 
 def contrast_of(ink: np.ndarray) -> float:
