@@ -30,11 +30,14 @@ BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gon
 WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
 NARROW_WINDOW = 1 / 8  # of the side; narrower than the margin of a page on a desk, which isn't light ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; less is not seen as ink by people, either
-NOISE_RATIO = 5  # contrast over noise; the darkest grains of a blank sheet reach 4
+GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
+NOISE_RATIO = 12  # contrast over the median grain; grains of a blank sheet reach 9, the faintest ink 30
+LEFTOVER = 0.4  # of the contrast of all that is narrow; ruled lines leave less where their darkness varies
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is as dark as FAINT all along, and STRONG somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in so many places at most; squared paper in more
 EDGE_SHARE = 0.5  # of the edge; a digit covers less, a frame more
 EDGE_CONTACT = 0.7  # of a part's longer side; a cut stroke meets the edge with less, a shadow or a desk with more
+FLAT = 0.2  # height over width; digits are higher, ruled lines are not
 SPAN = 0.9  # of the picture; a digit cropped to its outline is as high and as wide
 DUST = 0.05  # of the largest part's longer side; smaller is dust
 INSIDE = 0.15  # of a part's height; if something as tall lies in its hole, it is a box or a circle
@@ -66,8 +69,7 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
             box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
             scale = [image.width / ink.shape[1], image.height / ink.shape[0]] * 2
             box = tuple(round(float(n * s)) for n, s in zip(box, scale, strict=True))
-            near = ndimage.binary_dilation(mask, iterations=2)
-            digits.append(Digit(like_mnist(np.where(near, ink, 0)), box, row))
+            digits.append(Digit(like_mnist(np.where(mask, ink, 0)), box, row))
     return digits
 
 
@@ -107,7 +109,7 @@ def to_gray(image: Image.Image) -> np.ndarray:
         image = image.getchannel("L")
     scale = min(ENLARGE, (AREA / (image.width * image.height)) ** 0.5)
     size = [max(1, round(n * scale)) for n in image.size]
-    image = image.convert("RGBA").resize(size, Image.Resampling.BICUBIC)
+    image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
     pixels = np.asarray(image, np.float32) / 255
     colour, alpha = pixels[..., :3], pixels[..., 3:]
     paper = (colour * alpha).mean() < 0.5 * alpha.mean()  # what is transparent contrasts with what is drawn
@@ -132,7 +134,8 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     gray = ndimage.gaussian_filter(gray, SMOOTH)
     ink = dark_strokes(-gray if is_light_ink(gray) else gray, WINDOW)
     contrast = contrast_of(ink)
-    if contrast < max(LEAST_CONTRAST, NOISE_RATIO * np.median(ink)):
+    noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
+    if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or covers half
         raise ValueError("there is nothing in it")
     return (ink / contrast).clip(0, 1)
 
@@ -154,8 +157,12 @@ def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
     for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
         seed[edge] = gray[edge]
     paper = reconstruction(seed, gray, method="erosion")  # fills each dark place that doesn't reach the edge
-    cut = narrow * cut_off(narrow > FAINT * contrast_of(narrow))
-    return np.maximum(cut, np.minimum(narrow, paper - gray))
+    contrast = contrast_of(narrow)
+    cut = narrow * cut_off(narrow > max(LEAST_CONTRAST, FAINT * contrast), 0.55 * size)
+    strokes = np.maximum(cut, np.minimum(narrow, paper - gray))
+    if contrast_of(strokes) < LEFTOVER * contrast:
+        return np.zeros_like(gray)
+    return strokes
 
 
 def contrast_of(ink: np.ndarray) -> float:
@@ -163,8 +170,8 @@ def contrast_of(ink: np.ndarray) -> float:
     return np.median(ink[ink >= ink.max() / 2])
 
 
-def cut_off(mask: np.ndarray) -> np.ndarray:
-    """Return the parts of a mask that the picture's edge cuts off and that may be digits."""
+def cut_off(mask: np.ndarray, least: float) -> np.ndarray:
+    """Return the parts of a mask, larger than the least side, that the edge cuts off and that may be digits."""
     labels = label(mask)
     ring = np.concatenate([labels[0], labels[1:, -1], labels[-1, -2::-1], labels[-2:0:-1, 0]])
     kept = []
@@ -173,10 +180,11 @@ def cut_off(mask: np.ndarray) -> np.ndarray:
         places = (touches & ~np.roll(touches, 1)).sum()
         if not 0 < places <= EDGE_PLACES or touches.mean() > EDGE_SHARE:
             continue
-        top, left, bottom, right = part.bbox
-        height, width = bottom - top, right - left
-        spans = height >= SPAN * mask.shape[0], width >= SPAN * mask.shape[1]
-        if all(spans) or (not any(spans) and touches.sum() <= EDGE_CONTACT * max(height, width)):
+        rows, columns = part.image.shape
+        spans = rows >= SPAN * mask.shape[0], columns >= SPAN * mask.shape[1]
+        longest = max(rows, columns)
+        cut = longest > least and rows > FLAT * columns and touches.sum() <= EDGE_CONTACT * longest
+        if all(spans) or (cut and not any(spans)):
             kept.append(part.label)
     return np.isin(labels, kept)
 
@@ -272,7 +280,7 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     if missing > 0:  # a thin pen
         ink = ndimage.grey_dilation(np.pad(ink, missing), (2 * missing + 1,) * 2)
     size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
-    ink = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+    ink = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX))
     centre = [(ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(size)]
     top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
     digit = np.zeros((28, 28), np.uint8)
