@@ -32,7 +32,7 @@ NARROW_WINDOW = 1 / 8  # of the side; narrower than the margin of a page on a de
 LEAST_CONTRAST = 0.06  # of the range from black to white; less is not seen as ink by people, either
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 12  # contrast over the median grain; grains of a blank sheet reach 9, the faintest ink 30
-LEFTOVER = 0.4  # of the contrast of all that is narrow; ruled lines leave less where their darkness varies
+LEFTOVER = 0.35  # of the contrast of all that is narrow; ruled lines leave less where their darkness varies
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is as dark as FAINT all along, and STRONG somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in so many places at most; squared paper in more
 EDGE_SHARE = 0.5  # of the edge; a digit covers less, a frame more
@@ -41,10 +41,13 @@ FLAT = 0.2  # height over width; digits are higher, ruled lines are not
 SPAN = 0.9  # of the picture; a digit cropped to its outline is as high and as wide
 DUST = 0.05  # of the largest part's longer side; smaller is dust
 INSIDE = 0.15  # of a part's height; if something as tall lies in its hole, it is a box or a circle
-DASH = 4  # stroke widths; parts no longer than this are the dashes of a dashed stroke
-GAP_IN_STROKE = 1.5  # stroke widths; a wider gap is none of a broken stroke ...
+DASH = 5.5  # stroke widths; parts no longer than this may be the dashes of a dashed stroke ...
+DASH_HEIGHT = 0.5  # of the height of all parts together; ... if they are no higher than this
+GAP_IN_STROKE = 2  # stroke widths; a wider gap is none of a broken stroke ...
 GAP_IN_DIGIT = 0.06  # of a digit's height; ... nor is one that is as wide as the space between digits
 HAT = 0.25  # of a digit's height; so far above the rest can the bar of a 5 stand
+HAT_SHARED = 0.3  # of the narrower one's width; a bar above a digit shares as many columns with it
+HAT_WIDTH = 1.3  # of the digit's width; a wider bar belongs to the line, or to several digits
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 SAME_ROW = 0.4  # of the lower one's height; digits of one row overlap by as much
 MNIST_STROKE = 2  # pixels of MNIST's 20; a thinner pen is thickened
@@ -221,8 +224,9 @@ def join_parts(ink: np.ndarray) -> list[np.ndarray]:
     stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # the mean distance is a quarter of the width
     parts = regionprops(label(ink))
     tallest = max(height(part) for part in parts)
+    short = np.median([part.area for part in parts]) <= DASH * stroke**2
     reach = GAP_IN_STROKE * stroke
-    if np.median([part.area for part in parts]) > DASH * stroke**2:
+    if not short or tallest > DASH_HEIGHT * np.ptp(ink.any(1).nonzero()[0]):
         reach = min(reach, GAP_IN_DIGIT * tallest)
     near = label(ndimage.distance_transform_edt(~ink) <= reach / 2)
     labels = np.where(ink, near, 0)
@@ -241,7 +245,7 @@ def is_hat(small: tuple, tall: tuple, reach: float) -> bool:
     """Return whether a small box (top, left, bottom, right) stands in the columns of a tall one, not below it."""
     shared = min(small[3], tall[3]) - max(small[1], tall[1])
     width = min(small[3] - small[1], tall[3] - tall[1])
-    if shared < 0.5 * width or small[3] - small[1] > 1.3 * (tall[3] - tall[1]):
+    if shared < HAT_SHARED * width or small[3] - small[1] > HAT_WIDTH * (tall[3] - tall[1]):
         return False
     return small[2] <= tall[2] and tall[0] - small[2] <= reach
 
