@@ -197,23 +197,19 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     """Return where there is ink that may be a digit's: no dust, no boxes or circles around something."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = regionprops(labels)
-    least = DUST * max(height(part) for part in parts)
-    parts = [part for part in parts if max(part.image.shape) >= least]
-    kept = [part.label for part in parts if not any(encloses(part, other) for other in parts)]
+    heights = np.array([0, *(len(part.image) for part in parts)])  # by label; 0 is paper
+    kept = []
+    for part in parts:
+        hole = part.image_filled & ~part.image
+        inside = np.unique(labels[part.slice][hole])
+        is_box = heights[inside].max(initial=0) >= INSIDE * len(part.image)
+        if not is_box and max(part.image.shape) >= DUST * heights.max():
+            kept.append(part.label)
     return np.isin(labels, kept)
 
 
 def height(part) -> int:
-    return part.bbox[2] - part.bbox[0]
-
-
-def encloses(part, other) -> bool:
-    """Return whether a part has a hole in which another one stands that is not much smaller."""
-    row, column = other.coords[0] - part.bbox[:2]
-    rows, columns = part.image.shape
-    if other is part or not (0 <= row < rows and 0 <= column < columns):
-        return False
-    return part.image_filled[row, column] and height(other) >= INSIDE * height(part)
+    return len(part.image)
 
 
 def join_parts(ink: np.ndarray) -> list[np.ndarray]:

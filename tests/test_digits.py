@@ -19,9 +19,7 @@ FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gi
 @pytest.fixture(scope="module")
 def trained():
     """A model that has seen enough real digits to know them, and test images that it is sure of, with their labels."""
-    config = mini_vit.Config(
-        n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0
-    )
+    config = mini_vit.Config(n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0)
     images, labels, test_images, test_labels = mini_vit.load_mnist(config)
     trainer = mini_vit.Trainer(config, torch.device("cpu"), 1, {})
     trainer.optimizer.param_groups[0]["lr"].fill_(1e-3)
@@ -73,7 +71,7 @@ def test_a_number_is_read_digit_by_digit(kind, trained, tmp_path):
         counted += [digit.row for digit in found] == [row for row, line in enumerate(lines) for _ in line]
         right += recognize(model, found) == [labels[i] for line in lines for i in line]
     assert counted == 20
-    assert right >= 18
+    assert right >= (19 if kind == "two_digits" else 18)
 
 
 @pytest.mark.parametrize("kind", BLANK)
@@ -103,7 +101,7 @@ def test_there_is_nothing_in_a_picture_of_a_few_pixels(size, tmp_path):
 
 def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
     path = save(Image.new("1", (20_000, 20_000)), tmp_path / "huge.png")
-    with pytest.raises(ValueError, match="20000 x 20000 pixels.*make it smaller"):
+    with pytest.raises(ValueError, match=r"20000 x 20000 pixels.*make it smaller"):
         digits.read_digits(path)
 
 
