@@ -19,7 +19,9 @@ FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gi
 @pytest.fixture(scope="module")
 def trained():
     """A model that has seen enough real digits to know them, and test images that it is sure of, with their labels."""
-    config = mini_vit.Config(n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0)
+    config = mini_vit.Config(
+        n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0
+    )
     images, labels, test_images, test_labels = mini_vit.load_mnist(config)
     trainer = mini_vit.Trainer(config, torch.device("cpu"), 1, {})
     trainer.optimizer.param_groups[0]["lr"].fill_(1e-3)
@@ -28,7 +30,11 @@ def trained():
     with torch.no_grad():
         probabilities, predicted = trainer.model.eval()(test_images[:2000]).softmax(-1).max(-1)
     sure = (predicted == test_labels[:2000]) & (probabilities > 0.99)
-    return trainer.model, test_images[:2000][sure].view(-1, 28, 28).numpy(), test_labels[:2000][sure].tolist()
+    return (
+        trainer.model,
+        test_images[:2000][sure].view(-1, 28, 28).numpy(),
+        test_labels[:2000][sure].tolist(),
+    )
 
 
 def save(picture: Image.Image, path) -> str:
@@ -68,7 +74,9 @@ def test_a_number_is_read_digit_by_digit(kind, trained, tmp_path):
     for _ in range(20):
         picture, lines = draw_number(images, kind, rng)
         found = digits.read_digits(save(picture, tmp_path / "number.png"))
-        counted += [digit.row for digit in found] == [row for row, line in enumerate(lines) for _ in line]
+        counted += [digit.row for digit in found] == [
+            row for row, line in enumerate(lines) for _ in line
+        ]
         right += recognize(model, found) == [labels[i] for line in lines for i in line]
     assert counted == 20
     assert right >= (19 if kind == "two_digits" else 18)
@@ -108,7 +116,10 @@ def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
 def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
     """Four digits in two rows, in a picture that is larger than what digits.py works on, and of another form."""
     _, images, _ = trained
-    page, places = np.zeros((1000, 1800), np.uint8), [(90, 200), (100, 1200), (600, 250), (590, 1300)]
+    page, places = (
+        np.zeros((1000, 1800), np.uint8),
+        [(90, 200), (100, 1200), (600, 250), (590, 1300)],
+    )
     for image, (top, left) in zip(images, places, strict=False):
         page[top : top + 280, left : left + 280] = np.kron(image, np.ones((10, 10), np.uint8))
     found = digits.read_digits(save(Image.fromarray(255 - page), tmp_path / "four.png"))
