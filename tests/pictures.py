@@ -1,4 +1,4 @@
-"""Pictures of digits as people bring them: MNIST's test digits on paper, in light, on desks, behind lines."""
+"""Pictures of digits as people bring them: on paper, in light, on desks, behind lines; numbers."""
 
 import random
 
@@ -9,8 +9,9 @@ from scipy import ndimage
 PAPER, PEN = np.float32([0.9, 0.86, 0.75]), np.float32([0.16, 0.2, 0.5])
 KINDS = (
     "plain inverted as_mnist tiny transparent cropped photograph noisy thick chalkboard "
-    "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned desk_partly vignette "
-    "shadow specks ruled ruled_tilted squared baseline ballpoint ballpoint_photo pencil dashed"
+    "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned "
+    "desk_partly vignette shadow specks ruled ruled_tilted squared baseline "
+    "ballpoint ballpoint_photo pencil dashed"
 ).split()
 CHANCY = (
     "cropped",
@@ -198,8 +199,8 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
 
 # ---------------------------------------------------------------------------- numbers
 NUMBERS = (
-    "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising two_rows three_rows rising_rows "
-    "column telephone date cells circled underlined coloured"
+    "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising "
+    "two_rows three_rows rising_rows column telephone date cells circled underlined coloured"
 ).split()
 INK_AND_PAPER = {  # of equal brightness: what a person tells apart by colour alone
     "red on green": ((0.96, 0.57, 0.53), (0.56, 0.8, 0.57)),
@@ -215,9 +216,12 @@ def trimmed(ink: np.ndarray) -> np.ndarray:
 
 
 def glyph(digit: np.ndarray, height: int, kind: str, slant: float) -> np.ndarray:
-    """Return a digit's ink about as high as said, written with the pen and the slant of a kind of number."""
+    """Return a digit's ink about as high as said, with the pen and the slant of a kind."""
     size = round(1.4 * height)  # a digit fills 20 of MNIST's 28 pixels
-    ink = thinned(digit, size, 3) if kind == "thin_pen" else enlarged(digit, size)
+    ink = enlarged(digit, size)
+    if kind == "thin_pen":  # the middle lines are found where there are pixels enough
+        large = Image.fromarray(thinned(digit, 4 * size, 14))
+        ink = np.array(large.resize((size, size), Image.Resampling.BOX))
     if kind == "thick_pen":
         ink = ndimage.grey_dilation(ink, (size // 14, size // 14))
     ink = np.pad(ink, ((0, 0), (size // 3, size // 3)))
@@ -234,7 +238,7 @@ def sign(height: int, kind: str) -> np.ndarray:
 
 
 def in_line(glyphs: list[np.ndarray], gaps: list[int], rise: float) -> np.ndarray:
-    """Return pieces of ink side by side, on a line that rises by so many pixels for each pixel of width."""
+    """Return pieces of ink side by side, on a line that rises by so much a pixel of width."""
     width = sum(ink.shape[1] for ink in glyphs) + sum(gaps)
     height = max(len(ink) for ink in glyphs) + round(abs(rise) * width)
     line, left, middle = (
@@ -259,7 +263,7 @@ def below(lines: list[np.ndarray], gap: int) -> np.ndarray:
 
 
 def write_line(digits: list[np.ndarray], kind: str, height: int, rng: random.Random) -> np.ndarray:
-    """Return the ink of a row of digits (28, 28), with the gaps, the signs, the slant and the rise of its kind."""
+    """Return the ink of a row of digits (28, 28), with gaps, signs, slant, rise of its kind."""
     slant = rng.uniform(-0.4, 0.4) if kind == "slanted" else 0
     rise = rng.choice((-1, 1)) * rng.uniform(0.04, 0.12) if kind.startswith("rising") else 0
     glyphs = []

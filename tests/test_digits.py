@@ -18,7 +18,7 @@ FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gi
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model that has seen enough real digits to know them, and test images that it is sure of, with their labels."""
+    """A model that knows real digits, and test images that it is sure of, with their labels."""
     config = mini_vit.Config(
         n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0
     )
@@ -114,7 +114,7 @@ def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
 
 
 def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
-    """Four digits in two rows, in a picture that is larger than what digits.py works on, and of another form."""
+    """The picture is larger than what digits.py works on, and of another form."""
     _, images, _ = trained
     page, places = (
         np.zeros((1000, 1800), np.uint8),
