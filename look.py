@@ -4,6 +4,7 @@ python look.py                        # the newest run below runs/, finished or 
 python look.py runs/small             # that one; report.png goes into its folder
 python look.py photo.jpg drawing.png  # the newest run's three likeliest digits for each
 python look.py runs/small photo.jpg   # that run's
+python look.py photo.jpg --show       # photo.digits.png: the digits that were found in it
 python look.py runs/small runs/large  # comparison.png: accuracy over the minutes of training
 """
 
@@ -385,29 +386,87 @@ def likeliest(probabilities: Tensor) -> str:
     return "   ".join(f"{digit}: {p:7.2%}" for p, digit in top)
 
 
-def classify(run: Run, paths: list[Path]) -> int:
-    """Print the three likeliest digits of each image file; return the exit status.
+def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
+    """Print what the run says of each image file; return the exit status.
 
     It is 1 if a file could not be read; the others are read.
     """
     sys.path.insert(0, str(HERE))
-    from digits import read_digits  # only here: report.png needs nothing of what it imports
+    import digits  # only here: report.png needs nothing of what it imports
 
     status = 0
     for path in paths:
         try:
-            digits = read_digits(path)
+            n_pages = digits.count_pages(path)
+            for page in range(n_pages):
+                name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
+                found = digits.read_digits(path, page)
+                say_digits(run, name, [digit.pixels for digit in found])
+                if show:
+                    suffix = f"-{page + 1}" if n_pages > 1 else ""
+                    picture = draw_found(digits.open_picture(path, page), found)
+                    print(save_found(picture, f"{path.stem}{suffix}.digits.png", path, folder))
         except Exception as error:  # Pillow raises many kinds
             unknown = type(error).__name__ == "UnidentifiedImageError"
             advice = ": save it as JPEG or PNG" if unknown else ""
             print(f"look.py: error: {path}: {first_line(error)}{advice}", file=sys.stderr)
             status = 1
-            continue
-        for n, digit in enumerate(digits, 1):
-            which = f", digit {n}" if len(digits) > 1 else ""
-            logits = run.model(digit[None].to(run.device))
-            print(f"{path}{which}   {likeliest(logits.softmax(-1)[0])}")
     return status
+
+
+def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
+    """Print the number that several digits make, and the three likeliest labels of each digit."""
+    logits = torch.cat([run.model(image[None].to(run.device)) for image in images])
+    probabilities = logits.softmax(-1).cpu()
+    if len(images) > 1:
+        sureness, number = probabilities.max(-1)
+        text = "".join(map(str, number.tolist()))
+        place = int(sureness.argmin())
+        least = f"least sure of {ordinal(place)}: {sureness[place]:.0%}".replace("%", " %")
+        print(f"{name}   {text}   {len(images)} digits, {least}")
+    for n, p in enumerate(probabilities, 1):
+        which = f", digit {n}" if len(images) > 1 else ""
+        print(f"{name}{which}   {likeliest(p)}")
+
+
+def ordinal(place: int) -> str:
+    """Return how English calls a place, counted from 0."""
+    words = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+    return f"the {words[place]}" if place < len(words) else f"digit {place + 1}"
+
+
+def draw_found(picture, found: list):
+    """Return a picture with a box around each digit, and the 28 x 28 image of each beside it."""
+    from PIL import Image, ImageDraw
+
+    tile = 84  # pixels of a side: 28 x 28, three times as large
+    per_column = max(1, picture.height // tile)
+    columns = -(-len(found) // per_column)
+    size = (picture.width + columns * tile, max(picture.height, tile))
+    sheet = Image.new("RGB", size, "gray")
+    sheet.paste(picture.convert("RGB"))
+    pen = ImageDraw.Draw(sheet)
+    for n, digit in enumerate(found):
+        left, top, right, bottom = digit.box
+        width = max(1, max(picture.size) // 300)
+        pen.rectangle((left, top, right - 1, bottom - 1), outline="red", width=width)
+        pen.text((left, max(0, top - 12)), str(n + 1), fill="red")
+        image = Image.fromarray(digit.pixels.view(28, 28).numpy()).resize((tile, tile))
+        x = picture.width + n // per_column * tile
+        y = n % per_column * tile
+        sheet.paste(image, (x, y))
+        pen.text((x + 3, y + 1), str(n + 1), fill="red")
+    return sheet
+
+
+def save_found(sheet, name: str, path: Path, folder: Path) -> Path:
+    """Save a picture of what was found beside the image or else in the run's folder."""
+    try:
+        sheet.save(path.with_name(name))
+        return path.with_name(name)
+    except OSError:
+        sheet.save(folder / name)
+        return folder / name
 
 
 # ---------------------------------------------------------------------------- command line
@@ -418,6 +477,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="run folders, then images; neither is a must"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="write photo.digits.png: what was found in photo.jpg"
     )
     parser.add_argument("--data_dir", help="holds MNIST/raw/*.gz (default: data beside the script)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -458,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
     run = load_run(folder, args.data_dir, args.device)
     if images:
         print(f"{folder}: {run.state['script']}.py, {run.state['iter']} steps")
-        return classify(run, images)
+        return classify(run, folder, images, args.show)
     report(run, folder)
     return 0
 

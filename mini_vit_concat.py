@@ -590,7 +590,8 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if name.startswith("cuda"):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=fresh_store(), rank=rank, world_size=world)
         if rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with explained(f"device {name} can't be used"):
@@ -820,7 +821,8 @@ def resume_command(config: Config, world: int) -> str:
 def remember_folder(folder: Path) -> None:
     """Tell torchrun's store, which outlives this process, where the run is."""
     if store := torchrun_store():
-        store.set("out_dir", str(folder))
+        with suppress(RuntimeError):  # torchrun was killed
+            store.set("out_dir", str(folder))
 
 
 def remembered_folder() -> str | None:
@@ -831,6 +833,15 @@ def remembered_folder() -> str | None:
     return store.get("out_dir").decode() if store.check(["out_dir"]) else None
 
 
+def fresh_store() -> dist.Store | None:
+    """Return a store without what processes of an earlier start have left in torchrun's."""
+    store = torchrun_store()
+    if not store:
+        return None
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+@functools.cache
 def torchrun_store() -> dist.Store | None:
     """Return the store that torchrun itself holds, if it does."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -1,4 +1,4 @@
-"""Pictures of digits as people bring them: MNIST's test digits on paper, in light, on desks, behind lines."""
+"""Pictures of digits as people bring them: on paper, in light, on desks, behind lines; numbers."""
 
 import random
 
@@ -9,8 +9,9 @@ from scipy import ndimage
 PAPER, PEN = np.float32([0.9, 0.86, 0.75]), np.float32([0.16, 0.2, 0.5])
 KINDS = (
     "plain inverted as_mnist tiny transparent cropped photograph noisy thick chalkboard "
-    "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned desk_partly vignette "
-    "shadow specks ruled ruled_tilted squared baseline ballpoint ballpoint_photo pencil dashed"
+    "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned "
+    "desk_partly vignette shadow specks ruled ruled_tilted squared baseline "
+    "ballpoint ballpoint_photo pencil dashed"
 ).split()
 CHANCY = (
     "cropped",
@@ -196,13 +197,141 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
     return picture(draw_marked(page, ink, kind, rng)) if kind in marked else draw_stored(ink, kind)
 
 
-def two_digits(first: np.ndarray, second: np.ndarray, rng: random.Random) -> Image.Image:
-    """Return a photograph of two digits side by side."""
-    inks = [ink[:, (ink > 0.3).any(0)] for ink in (enlarged(first, 200), enlarged(second, 200))]
-    gap = np.zeros((200, rng.randint(15, 50)), np.float32)
-    return picture(
-        draw_lit(on_paper(np.pad(np.hstack([inks[0], gap, inks[1]]), 50)), "photograph", rng)
+# ---------------------------------------------------------------------------- numbers
+NUMBERS = (
+    "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising "
+    "two_rows three_rows rising_rows column telephone date cells circled underlined coloured"
+).split()
+INK_AND_PAPER = {  # of equal brightness: what a person tells apart by colour alone
+    "red on green": ((0.96, 0.57, 0.53), (0.56, 0.8, 0.57)),
+    "plum on sky blue": ((0.87, 0.63, 0.87), (0.53, 0.81, 0.92)),
+    "blue on lilac": ((0.4, 0.62, 0.95), (0.75, 0.55, 0.85)),
+}
+
+
+def trimmed(ink: np.ndarray) -> np.ndarray:
+    """Return ink without the empty rows and columns around it."""
+    rows, columns = (ink > 0.3).any(1).nonzero()[0], (ink > 0.3).any(0).nonzero()[0]
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def glyph(digit: np.ndarray, height: int, kind: str, slant: float) -> np.ndarray:
+    """Return a digit's ink about as high as said, with the pen and the slant of a kind."""
+    size = round(1.4 * height)  # a digit fills 20 of MNIST's 28 pixels
+    ink = enlarged(digit, size)
+    if kind == "thin_pen":  # the middle lines are found where there are pixels enough
+        large = Image.fromarray(thinned(digit, 4 * size, 14))
+        ink = np.array(large.resize((size, size), Image.Resampling.BOX))
+    if kind == "thick_pen":
+        ink = ndimage.grey_dilation(ink, (size // 14, size // 14))
+    ink = np.pad(ink, ((0, 0), (size // 3, size // 3)))
+    shear, middle = np.float32([[1, 0], [slant, 1]]), ink.shape[0] / 2
+    return trimmed(ndimage.affine_transform(ink, shear, (0, -slant * middle), order=1))
+
+
+def sign(height: int, kind: str) -> np.ndarray:
+    """Return the ink of a dash or, with the space above it, of a full stop."""
+    thickness = max(3, height // 10)
+    if kind == "telephone":
+        return np.ones((thickness, height // 2), np.float32)
+    return np.pad(np.ones((thickness, thickness), np.float32), ((height - thickness, 0), (0, 0)))
+
+
+def in_line(glyphs: list[np.ndarray], gaps: list[int], rise: float) -> np.ndarray:
+    """Return pieces of ink side by side, on a line that rises by so much a pixel of width."""
+    width = sum(ink.shape[1] for ink in glyphs) + sum(gaps)
+    height = max(len(ink) for ink in glyphs) + round(abs(rise) * width)
+    line, left, middle = (
+        np.zeros((height + 2, width), np.float32),
+        0,
+        max(len(ink) for ink in glyphs) / 2,
     )
+    start = max(0, rise * width)
+    for ink, gap in zip(glyphs, [*gaps, 0], strict=True):
+        top = round(start + middle - len(ink) / 2 - rise * left)
+        top = min(max(top, 0), len(line) - len(ink))
+        line[top : top + len(ink), left : left + ink.shape[1]] = ink
+        left += ink.shape[1] + gap
+    return line
+
+
+def below(lines: list[np.ndarray], gap: int) -> np.ndarray:
+    """Return pieces of ink one below the other."""
+    width = max(line.shape[1] for line in lines)
+    padded = [np.pad(line, ((0, gap), (0, width - line.shape[1]))) for line in lines]
+    return np.concatenate(padded)[:-gap]
+
+
+def write_line(digits: list[np.ndarray], kind: str, height: int, rng: random.Random) -> np.ndarray:
+    """Return the ink of a row of digits (28, 28), with gaps, signs, slant, rise of its kind."""
+    slant = rng.uniform(-0.4, 0.4) if kind == "slanted" else 0
+    rise = rng.choice((-1, 1)) * rng.uniform(0.04, 0.12) if kind.startswith("rising") else 0
+    glyphs = []
+    for n, digit in enumerate(digits):
+        if (kind == "telephone" and n in (3, 6)) or (kind == "date" and n in (2, 4)):
+            glyphs.append(sign(height, kind))
+        factor = rng.uniform(0.7, 1.1) if kind == "heights" else 1
+        glyphs.append(glyph(digit, round(factor * height), kind, slant))
+    least, most = (0.5, 1.5) if kind == "wide_gaps" else (0.15, 0.5)
+    if kind in ("slanted", "telephone", "date"):
+        least = 0.3
+    gaps = [round(height * rng.uniform(least, most)) for _ in glyphs[1:]]
+    return in_line(glyphs, gaps, rise)
+
+
+def around(ink: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
+    """Return a digit's ink in a printed cell, in a circle drawn by hand, or underlined."""
+    margin = round(rng.uniform(0.2, 0.5) * len(ink))
+    side = max(ink.shape) + 2 * margin
+    if kind == "circled":
+        side = round(1.2 * side)
+    top, left = (side - ink.shape[0]) // 2, (side - ink.shape[1]) // 2
+    ink = np.pad(ink, ((top, side - top - ink.shape[0]), (left, side - left - ink.shape[1])))
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    thickness = rng.uniform(3, 8) / side
+    if kind == "cells":
+        return np.maximum(ink, np.maximum(abs(x), abs(y)) > 1 - thickness)
+    if kind == "circled":
+        return np.maximum(ink, abs(np.hypot(x, y) - 0.95) < thickness)
+    bottom = ink.any(1).nonzero()[0][-1] + round(rng.uniform(0.1, 0.2) * side)
+    ink[bottom : bottom + rng.randint(4, 8), side // 10 : -side // 10] = 1
+    return ink
+
+
+def draw_number(
+    images: np.ndarray, kind: str, rng: random.Random
+) -> tuple[Image.Image, list[list[int]]]:
+    """Return a picture of digits from images (N, 28, 28), and which they are, line by line."""
+    lengths = {
+        "long_row": (10, 12),
+        "telephone": (10, 10),
+        "date": (8, 8),
+        "two_digits": (2, 2),
+        "column": (3, 5),
+    }
+    lengths |= {"cells": (1, 4), "circled": (1, 1), "underlined": (1, 1), "coloured": (1, 1)}
+    least, most = lengths.get(kind, (2, 8))
+    n_lines = {"two_rows": 2, "three_rows": 3, "rising_rows": 2}.get(kind, 1)
+    height = rng.randint(60, 110)
+    chosen = [
+        [rng.randrange(len(images)) for _ in range(rng.randint(least, most))]
+        for _ in range(n_lines)
+    ]
+    written = [[images[i] for i in line] for line in chosen]
+    if kind == "column":
+        inks = [glyph(digit, height, kind, 0) for digit in written[0]]
+        ink = below(inks, round(height * rng.uniform(0.2, 0.5)))
+        chosen = [[i] for i in chosen[0]]
+    elif kind in ("cells", "circled", "underlined"):
+        inks = [around(glyph(digit, height, kind, 0), kind, rng) for digit in written[0]]
+        ink = in_line(inks, [rng.randint(10, 40) for _ in inks[1:]], 0)
+    else:
+        inks = [write_line(digits, kind, height, rng) for digits in written]
+        ink = below(inks, round(height * rng.uniform(0.3, 0.8)))
+    ink = np.pad(ink, rng.randint(30, 80))
+    pen, paper = rng.choice(list(INK_AND_PAPER.values())) if kind == "coloured" else (PEN, PAPER)
+    page = on_paper(ink, np.float32(paper), pen)
+    return picture(draw_lit(page, "photograph", rng)), chosen
 
 
 def blank(light=lambda x, y: 0.8 + 0 * x, strength: float = 0.02) -> Image.Image:
