@@ -411,7 +411,8 @@ def blocks_in_use(step: int, config: Config) -> int:
 def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distance: float) -> Tensor:
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
-    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572).
+    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
+    arXiv:1412.6572).
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -457,7 +458,7 @@ class Trainer:
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
-        """Use the first `depth` blocks from now on; set train_on, which is update or a fast form."""
+        """Use the first `depth` blocks from now on, and choose train_on, a form of update."""
         self.depth = depth
         self.model.depth = depth
         self.parallel = self.model
@@ -716,7 +717,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
-    """Write checkpoint.pt or, once training is done, model.pt in its place; return whether it worked."""
+    """Write checkpoint.pt or, once training is done, model.pt; return whether it worked."""
     state = trainer.state_dict()
     name = "checkpoint.pt"
     if trainer.step == trainer.config.max_iters:

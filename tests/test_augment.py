@@ -1,4 +1,4 @@
-"""mini_vit_augment.py: its images, and the worker processes that make them, in good times and bad."""
+"""mini_vit_augment.py: its images, and the worker processes that make them, or fail to."""
 
 import os
 import re

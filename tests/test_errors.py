@@ -269,7 +269,8 @@ def test_resuming_refuses_weights_that_do_not_fit(stopped, main, monkeypatch):
 def test_out_of_memory_names_batch_size_and_leaves_no_trace(tmp_path):
     program = (
         "import resource, sys, mini_vit\n"
-        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2 ** 30\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "size = pages * resource.getpagesize() + 2 ** 30\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
         f"sys.exit(mini_vit.main({[*RUN, '--batch_size', '200000']!r}))"
     )

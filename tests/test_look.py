@@ -1,8 +1,6 @@
 """look.py shows what a run has learned, and reads digits from pictures of any kind."""
 
-import contextlib
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -12,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, TINY, one_line
-from pictures import BLANK, CHANCY, KINDS, draw, in_shadow, two_digits
 from PIL import Image
 
-import digits
 import look
 import mini_vit
 

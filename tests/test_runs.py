@@ -45,7 +45,7 @@ def saved_steps(module, monkeypatch) -> list[int]:
 
 
 def assert_finished_alike(folder, other) -> None:
-    """See that two runs ended with the same weights and the same log, and left nothing but those."""
+    """See that two runs ended with the same weights and log, and left nothing but those."""
     assert_same(weights(folder), weights(other))
     assert rows(folder) == rows(other)
     assert {path.name for path in folder.iterdir()} == {"model.pt", "log.csv"}
@@ -237,7 +237,7 @@ def test_a_named_folder_that_holds_a_run_is_refused(main, tmp_path):
 
 
 def test_resume_guesses_nothing(main, signal_at, tmp_path):
-    """It continues the run in out_dir, whatever files' dates say, and names others only as a hint."""
+    """It continues the run in out_dir, whatever the dates of files say, and hints at others."""
     for out_dir in ("runs/mini_vit", "runs/mini_vit-2"):
         calm = signal_at(mini_vit, 5)
         main("mini_vit", *RUN, status=143)
