@@ -14,6 +14,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small models want one thread
 import torch
 
+# In the background or under nohup, these are ignored, and what the tests start would ignore them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("mini_vit", "mini_vit_concat", "mini_vit_augment", "vit")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
