@@ -974,12 +974,11 @@ def new_folder(config: Config) -> Path:
 def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     """Return the config and the state of the run in a folder; flags that were given come first."""
     path = folder / "checkpoint.pt"
-    if (folder / "model.pt").exists():
-        fail(f"{folder} holds a finished run: there is nothing to resume")
     if not path.exists():
+        missing = "it is finished" if (folder / "model.pt").exists() else f"there is no {path}"
         others = sorted(p.parent for p in folder.parent.glob("*/checkpoint.pt"))
         hint = f"; --out_dir can be {', '.join(map(str, others))}" if others else ""
-        fail(f"there is no {path} to resume{hint}")
+        fail(f"the run in {folder} can't be resumed: {missing}{hint}")
     with explained(f"{path} is damaged, or not from this version of {FILE.name}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:

@@ -115,18 +115,18 @@ def test_an_output_folder_that_cannot_be_written(place, main, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_old_checkpoint(main, start, run, signal_at, tmp_path):
-    """The files of this run may have at most 60 of the 88 MB that a checkpoint takes."""
+    """A file may have at most 20 MB; a checkpoint of this run takes 88, its model 30."""
     signal_at(mini_vit, 12)
     main("mini_vit", "--n_layers", "1", *SHORT, status=143)
     path = tmp_path / "runs" / "mini_vit" / "checkpoint.pt"
     before = path.read_bytes()
 
     def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000_000, 60_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 
     flags = ["--resume", "--max_iters", "32"]
     result = run("mini_vit", *flags, status=1, replacing=SAVE_OFTEN, preexec_fn=small_files)
-    assert result.stdout.count("can't write runs/mini_vit/checkpoint.pt") == 2  # it goes on
+    assert result.stdout.count("checkpoint.pt (") == 4  # it goes on
     one_line(result, "can't write into runs/mini_vit, nor into")
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.tmp"))

@@ -248,9 +248,10 @@ def test_resume_guesses_nothing(main, signal_at, tmp_path):
     assert "going on with runs/mini_vit from step 5" in result.stdout
     left = {path.parent.name for path in (tmp_path / "runs").glob("*/checkpoint.pt")}
     assert left == {"mini_vit-2"}
-    one_line(main("mini_vit", "--resume", status=1), "checkpoint.pt", "runs/mini_vit-2")
+    one_line(main("mini_vit", "--resume", status=1), "finished", "runs/mini_vit-2")
     main("mini_vit", "--resume", "--out_dir", "runs/mini_vit-2")
-    one_line(main("mini_vit", "--resume", status=1), "checkpoint.pt")
+    one_line(main("mini_vit", "--resume", status=1), "finished")
+    one_line(main("mini_vit", "--resume", "--out_dir", "x", status=1), "x/checkpoint.pt")
 
 
 def test_flags_are_checked_together_with_the_checkpoint_s_settings(main, signal_at):
