@@ -102,7 +102,7 @@ def test_torchrun_doesn_t_wait_for_a_process_that_starts(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGHUP])
 def test_processes_whose_torchrun_is_killed_stop_and_save(number, tmp_path):
     launch = [*STATIC, "--master_port=29517"]
     process = torchrun(tmp_path, *FOREVER, launch=launch)  # its pipes end with it
