@@ -29,8 +29,8 @@ from PIL import EpsImagePlugin
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
-import look  # noqa: E402
-from digits import Digit, read_digits  # noqa: E402
+import look
+from digits import Digit, read_digits
 
 PAGE = Path(__file__).with_name("draw.html")
 MAX_BYTES = 20_000_000  # of a picture
