@@ -53,7 +53,7 @@ class Config:
     beta2: float = 0.98  # decay of AdamW's squared gradients; below 0.999, as runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # of the embedding, after attention and after feed-forward
-    adversarial: float = 0.0  # how far each pixel, 0 to 1, is moved to raise the loss; 0 is faster
+    adversarial: float = 0.0  # how far pixels (black 0, white 1) are moved to raise the loss
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.15  # augmentation: largest change of width and of height, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
@@ -73,9 +73,7 @@ class Config:
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = (
-        f"runs/{SCRIPT}"  # the run's folder; if the default is taken, -2, -3, ... is added
-    )
+    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; if this default is taken, -2, -3, ...
     subset: int = 0  # use only the first so many images of each set; 0 is all
     holdout: int = 0  # keep so many last training images out of training, and test on them
 
@@ -150,7 +148,7 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
         first = n_pass * n_images
-        parts.append(order[max(begin - first, 0) : end - first])
+        parts.append(order[max(begin - first, 0) : end - first])  # what lies in this pass
     return torch.cat(parts)
 
 
@@ -375,7 +373,7 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
     Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters both
-    have all of it. The decay ends at 0 with the last step.
+    have all of it. The decay, if there is time for one, ends at 0 with the last step.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -387,7 +385,8 @@ def learning_rate(step: int, config: Config) -> float:
 def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
-    A shallow network learns faster, and costs less.
+    A shallow network learns faster, and costs less. The larger growth is, the later others join:
+    with 32, the third of 16 blocks is added after 94 % of the run.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -428,7 +427,9 @@ class Trainer:
             capturable=device.type == "cuda",
         )
         self.step = 0  # optimizer steps done
-        self.depth = 0  # blocks in use; set_depth also sets what trains them
+        self.depth = 0  # blocks in use; 0 until set_depth, which also sets model.depth
+        self.parallel = self.model  # in DDP, if there are several processes
+        self.train_on = self.update  # or a faster form of it
         self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
@@ -457,7 +458,7 @@ class Trainer:
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss."""
-        if self.config.adversarial:  # train on these alone: the loss is above that of clean images
+        if self.config.adversarial:  # train on these only: their loss is above that of clean images
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -513,7 +514,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         train_images, train_labels, config, trainer.step, device, rank, world
     )
     no_bar = rank > 0 or not (IN_NOTEBOOK or sys.stderr.isatty())
-    last_save = stopwatch.restart()
+    stopwatch.restart()
+    last_save = time.perf_counter()
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
         for step, (images, labels) in enumerate(bar, trainer.step + 1):
             # Dropout depends on seed, step and process alone, so resuming is exact.
