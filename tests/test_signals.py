@@ -164,12 +164,20 @@ def test_a_plain_error_of_one_process_is_not_buried_by_the_others(tmp_path):
     assert "Connection closed" not in err and 'mini_vit.py", line' not in err, err
 
 
-def test_time_for_which_a_process_is_suspended_is_not_training():
-    watch = mini_vit.Stopwatch()
-    watch.restart()
-    time.sleep(0.2)
-    watch.skip()
-    assert watch.lap() < 0.1
+@pytest.mark.slow
+def test_time_for_which_a_process_is_suspended_is_not_training(start, tmp_path):
+    """Also not in log.csv, nor in comparison.png, which is drawn from it."""
+    process = start("mini_vit", *FOREVER)
+    wait_for(log_of(tmp_path).exists, process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    state = torch.load(tmp_path / "runs" / "mini_vit" / "checkpoint.pt", weights_only=True)
+    assert 1 < state["seconds"] < time.monotonic() - began - 2
 
 
 # Each is a command of bash, in which TRAIN is `python mini_vit.py` with flags.
