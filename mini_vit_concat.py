@@ -441,10 +441,8 @@ class Trainer:
             fused=True,
             capturable=device.type == "cuda",
         )
+        self.model.depth = 0  # blocks in use; set_schedules raises it
         self.step = 0  # optimizer steps done
-        self.depth = 0  # blocks in use; 0 until set_depth, which also sets model.depth
-        self.parallel = self.model  # in DDP, if there are several processes
-        self.train_on = self.update  # or a faster form of it
         self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
@@ -454,21 +452,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(step, self.config))
         # Never fewer than before: max_iters may have been raised on --resume.
-        depth = max(self.depth, blocks_in_use(step, self.config))
-        if depth != self.depth:
+        depth = max(self.model.depth, blocks_in_use(step, self.config))
+        if depth != self.model.depth:
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
-        """Use the first `depth` blocks from now on, and choose train_on, a form of update."""
-        self.depth = depth
+        """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        self.parallel = self.model
+        self.parallel = in_parallel(self.model, self.world)  # just the model in a single process
         self.train_on = self.update
-        if self.world > 1:  # blocks that aren't used get no gradient, and DDP must not wait for one
-            unused = depth < self.config.n_layers
-            ddp = nn.parallel.DistributedDataParallel
-            self.parallel = ddp(self.model, find_unused_parameters=unused)
-        elif self.device.type == "cuda":
+        if self.device.type == "cuda" and self.world == 1:
             self.train_on = RecordedUpdate(self.update)  # the same, faster on a GPU
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -490,7 +483,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "iter": self.step,
-            "depth": self.depth,
+            "depth": self.model.depth,
             "seconds": self.seconds,
             "loss_sum": self.loss_sum,
             "log": self.log,
@@ -643,6 +636,14 @@ def compile_blocks(model: Transformer, config: Config, device: torch.device) -> 
         return
     for block in model.blocks:
         block.compile(dynamic=False)
+
+
+def in_parallel(model: Transformer, world: int) -> nn.Module:
+    """Return the model such that the gradients of all processes are averaged."""
+    if world == 1:
+        return model
+    some_unused = model.depth < len(model.blocks)  # those get no gradient: DDP must not wait for it
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=some_unused)
 
 
 class RecordedUpdate:
