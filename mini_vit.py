@@ -216,26 +216,6 @@ class Block(nn.Module):
         return x
 
 
-class MultiHead(nn.Module):
-    """Attention within one vector: in each head, each of the d_head numbers is a token."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # DFin/ViT's choice; by the keys' width, it would be 1
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores in bfloat16 would be too coarse
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
-        q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
-        # The same as attention_by_the_book(q, k, v, self.scale), but faster.
-        out = scalar_attention(q, k, v, self.scale).flatten(1)  # (B, n_embd)
-        return self.dropout(self.proj(out))
-
-
 class FeedForward(nn.Sequential):
     """Two linear layers, four times as wide in between."""
 
@@ -246,6 +226,31 @@ class FeedForward(nn.Sequential):
             nn.Linear(4 * config.n_embd, config.n_embd),
             nn.Dropout(config.dropout),
         )
+
+
+class MultiHead(nn.Module):
+    """Attention within one vector, whose features are the tokens.
+
+    A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
+    In its head, each of these numbers is a token of width 1, which attends to the d_head numbers of
+    the head. There are no position embeddings, since each number has its own row of weights.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.scale = config.n_embd**-0.5  # as in the original, DFin/ViT; keys of width 1 need none
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores in bfloat16 would be too coarse
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
+        q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
+        out = scalar_attention(q, k, v, self.scale)  # attention_by_the_book, but faster
+        out = out.flatten(1)  # (B, n_embd)
+        return self.dropout(self.proj(out))
 
 
 def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -400,7 +405,7 @@ def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run.
+    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -410,7 +415,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572).
+    arXiv:1412.6572). Dropout is on here, too, but with other features dropped than in training.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -440,11 +445,11 @@ class Trainer:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.model.depth = 0  # blocks in use; set_schedules raises it
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
+        self.set_depth(blocks_in_use(1, config))
 
     def set_schedules(self, step: int) -> None:
         """Set the learning rate and the number of blocks for a step."""
@@ -458,21 +463,25 @@ class Trainer:
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        self.parallel = in_parallel(self.model, self.world)  # just the model in a single process
+        # What several processes and a GPU need depends on the blocks; a single CPU needs neither.
+        self.parallel = in_parallel(self.model, self.world)
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
-            self.train_on = RecordedUpdate(self.update)  # the same, faster on a GPU
+            self.train_on = RecordedUpdate(self.update)
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss."""
-        if self.config.adversarial:  # train on these only: their loss is above that of clean images
+        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
+
+        It is nan if the gradient is not finite.
+        """
+        if self.config.adversarial:  # no clean images, so the loss is higher than in an evaluation
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach() + 0 * norm  # nan if the gradient is not finite
+        return loss.detach().where(norm.isfinite(), math.nan)
 
     def state_dict(self) -> dict:
         """Return what checkpoint.pt holds: all that resuming needs."""

@@ -78,7 +78,9 @@ class Config:
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
-    num_workers: int = -1  # processes that augment; 0: this one, -1: one per core, up to 16
+    num_workers: int = (
+        -1
+    )  # that augment; -1: one per core, up to 16; 0: none, it is done on the device
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # numbers per head; each number is one token
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
@@ -185,7 +187,8 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     """Return images (B, 784) uint8, each moved and bent at random.
 
     Each is turned, slanted, scaled and shifted; the bending is an elastic deformation (Simard et
-    al. 2003) with 5 x 5 control points.
+    al. 2003) with 5 x 5 control points. The images may be on any device. The generator is the
+    CPU's, so that a run draws the same numbers everywhere.
     """
     n_images = len(images)
 
@@ -203,14 +206,16 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
     affine = torch.stack([x, y], 1)  # (B, 2, 3)
     bending = torch.randn(n_images, 2, 25, generator=generator) * config.elastic / 14
-    grid = torch.cat([affine, bending], -1) @ WARP_BASIS.T  # (B, 2, 784): where each pixel is from
+    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 28)
+    grid = warp @ warp_basis(images.device).T  # (B, 2, 784): where each pixel is from
     grid = grid.mT.view(-1, 28, 28, 2)
     pixels = images.view(-1, 1, 28, 28).float()
     moved = F.grid_sample(pixels, grid, "bicubic", align_corners=False)  # bilinear would blur
     return moved.round().clamp(0, 255).to(torch.uint8).flatten(1)
 
 
-def warp_basis() -> Tensor:
+@functools.cache
+def warp_basis(device: torch.device) -> Tensor:
     """Return what each of a warp's 28 numbers does to each pixel, (784, 28).
 
     Three numbers are an affine map of the pixel's place (x, y, 1), 25 move the control points.
@@ -219,10 +224,14 @@ def warp_basis() -> Tensor:
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
     points = torch.eye(25).view(1, 25, 5, 5)
     bending = F.interpolate(points, size=(28, 28), mode="bicubic").view(25, 784).T
-    return torch.cat([F.pad(places, (0, 1), value=1.0), bending], -1)
+    return torch.cat([F.pad(places, (0, 1), value=1.0), bending], -1).to(device)
 
 
-WARP_BASIS = warp_basis()
+def augment_batch(images: Tensor, step: int, config: Config, rank: int) -> Tensor:
+    """Return this process's images of a step (B, 784) uint8, augmented."""
+    generator = torch.Generator().manual_seed(hash((config.seed, step - 1, rank)))
+    parts = images.split(256)  # 256 images stay in a core's cache
+    return torch.cat([augment(part, config, generator) for part in parts])
 
 
 class AugmentedBatches(Dataset):
@@ -244,10 +253,7 @@ class AugmentedBatches(Dataset):
         """Make the batch of (step, indices of its images); return its slot."""
         step, share = key
         slot = (step - 1) % len(self.image_slots)
-        generator = torch.Generator().manual_seed(hash((self.config.seed, step - 1, self.rank)))
-        parts = self.images[share].split(256)  # 256 images stay in a core's cache
-        moved = [augment(part, self.config, generator) for part in parts]
-        self.image_slots[slot] = torch.cat(moved)
+        self.image_slots[slot] = augment_batch(self.images[share], step, self.config, self.rank)
         self.label_slots[slot] = self.labels[share]
         return slot
 
@@ -267,13 +273,25 @@ def training_batches(
     num_workers = config.num_workers
     if num_workers < 0:
         num_workers = min(16, usable_cores())
-    options = {}
-    if num_workers:
-        options = {"worker_init_fn": leave_group, "prefetch_factor": 1, "timeout": 1}
+    if num_workers == 0:  # this process augments, on the device
+        images = images.to(device)
+        labels = labels.to(device)
+        for step, share in shares():
+            share = torch.tensor(share, device=device)
+            yield augment_batch(images[share], step, config, rank), labels[share]
+        return
     trouble = r"DataLoader worker \(pid|Connection|Too many open files|shared memory"
     with explained("lower num_workers, or raise ulimit -n or the size of /dev/shm", trouble):
         dataset = AugmentedBatches(images, labels, config, rank, world, num_workers + 1)
-        loader = DataLoader(dataset, None, sampler=shares(), num_workers=num_workers, **options)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,  # the dataset makes whole batches
+            sampler=shares(),
+            num_workers=num_workers,
+            worker_init_fn=leave_group,
+            prefetch_factor=1,
+            timeout=1,
+        )
         with sigchld_kept():
             batches = iter(loader)
         while (slot := next_batch(batches)) is not None:
@@ -387,26 +405,6 @@ class Block(nn.Module):
         return x
 
 
-class MultiHead(nn.Module):
-    """Attention within one vector: in each head, each of the d_head numbers is a token."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # DFin/ViT's choice; by the keys' width, it would be 1
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores in bfloat16 would be too coarse
-        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
-        q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
-        # The same as attention_by_the_book(q, k, v, self.scale), but faster.
-        out = scalar_attention(q, k, v, self.scale).flatten(1)  # (B, n_embd)
-        return self.dropout(self.proj(out))
-
-
 class FeedForward(nn.Sequential):
     """Two linear layers, four times as wide in between."""
 
@@ -417,6 +415,31 @@ class FeedForward(nn.Sequential):
             nn.Linear(4 * config.n_embd, config.n_embd),
             nn.Dropout(config.dropout),
         )
+
+
+class MultiHead(nn.Module):
+    """Attention within one vector, whose features are the tokens.
+
+    A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
+    In its head, each of these numbers is a token of width 1, which attends to the d_head numbers of
+    the head. There are no position embeddings, since each number has its own row of weights.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.scale = config.n_embd**-0.5  # as in the original, DFin/ViT; keys of width 1 need none
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores in bfloat16 would be too coarse
+        qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
+        q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
+        out = scalar_attention(q, k, v, self.scale)  # attention_by_the_book, but faster
+        out = out.flatten(1)  # (B, n_embd)
+        return self.dropout(self.proj(out))
 
 
 def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -571,7 +594,7 @@ def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run.
+    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -596,7 +619,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572).
+    arXiv:1412.6572). Dropout is on here, too, but with other features dropped than in training.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -626,11 +649,11 @@ class Trainer:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.model.depth = 0  # blocks in use; set_schedules raises it
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
+        self.set_depth(blocks_in_use(1, config))
 
     def set_schedules(self, step: int) -> None:
         """Set the learning rate and the number of blocks for a step."""
@@ -644,23 +667,27 @@ class Trainer:
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        self.parallel = in_parallel(self.model, self.world)  # just the model in a single process
+        # What several processes and a GPU need depends on the blocks; a single CPU needs neither.
+        self.parallel = in_parallel(self.model, self.world)
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
-            self.train_on = RecordedUpdate(self.update)  # the same, faster on a GPU
+            self.train_on = RecordedUpdate(self.update)
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss."""
+        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
+
+        It is nan if the gradient is not finite.
+        """
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:  # train on these only: their loss is above that of clean images
+        if self.config.adversarial:  # no clean images, so the loss is higher than in an evaluation
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach() + 0 * norm  # nan if the gradient is not finite
+        return loss.detach().where(norm.isfinite(), math.nan)
 
     def state_dict(self) -> dict:
         """Return what checkpoint.pt holds: all that resuming needs."""

@@ -164,7 +164,8 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     """Return images (B, 784) uint8, each moved and bent at random.
 
     Each is turned, slanted, scaled and shifted; the bending is an elastic deformation (Simard et
-    al. 2003) with 5 x 5 control points.
+    al. 2003) with 5 x 5 control points. The images may be on any device. The generator is the
+    CPU's, so that a run draws the same numbers everywhere.
     """
     n_images = len(images)
 
@@ -182,14 +183,16 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
     affine = torch.stack([x, y], 1)  # (B, 2, 3)
     bending = torch.randn(n_images, 2, 25, generator=generator) * config.elastic / 14
-    grid = torch.cat([affine, bending], -1) @ WARP_BASIS.T  # (B, 2, 784): where each pixel is from
+    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 28)
+    grid = warp @ warp_basis(images.device).T  # (B, 2, 784): where each pixel is from
     grid = grid.mT.view(-1, 28, 28, 2)
     pixels = images.view(-1, 1, 28, 28).float()
     moved = F.grid_sample(pixels, grid, "bicubic", align_corners=False)  # bilinear would blur
     return moved.round().clamp(0, 255).to(torch.uint8).flatten(1)
 
 
-def warp_basis() -> Tensor:
+@functools.cache
+def warp_basis(device: torch.device) -> Tensor:
     """Return what each of a warp's 28 numbers does to each pixel, (784, 28).
 
     Three numbers are an affine map of the pixel's place (x, y, 1), 25 move the control points.
@@ -198,21 +201,20 @@ def warp_basis() -> Tensor:
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
     points = torch.eye(25).view(1, 25, 5, 5)
     bending = F.interpolate(points, size=(28, 28), mode="bicubic").view(25, 784).T
-    return torch.cat([F.pad(places, (0, 1), value=1.0), bending], -1)
-
-
-WARP_BASIS = warp_basis()
+    return torch.cat([F.pad(places, (0, 1), value=1.0), bending], -1).to(device)
 
 
 def training_batches(
     images: Tensor, labels: Tensor, config: Config, start: int, device, rank=0, world=1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share (images, labels) of each augmented batch after step `start`."""
+    images = images.to(device)  # 47 MB: the whole set lives on the device
+    labels = labels.to(device)
     for step in range(start + 1, config.max_iters + 1):
-        share = batch_indices(step, len(images), config)[rank::world]
+        indices = batch_indices(step, len(images), config)
+        share = indices[rank::world].to(device)
         generator = torch.Generator().manual_seed(hash((config.seed, step - 1, rank)))
-        moved = augment(images[share], config, generator)
-        yield moved.to(device), labels[share].to(device)
+        yield augment(images[share], config, generator), labels[share]
 
 
 # ---------------------------------------------------------------- model
@@ -281,6 +283,18 @@ class Block(nn.Module):
         return x
 
 
+class FeedForward(nn.Sequential):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, config: Config):
+        super().__init__(
+            nn.Linear(config.n_embd, 4 * config.n_embd),
+            nn.GELU(),
+            nn.Linear(4 * config.n_embd, config.n_embd),
+            nn.Dropout(config.dropout),
+        )
+
+
 class MultiHead(nn.Module):
     """Attention among tokens, in several heads."""
 
@@ -301,18 +315,6 @@ class MultiHead(nn.Module):
             out = weights @ v
         out = out.transpose(1, 2).flatten(2)  # (B, tokens, n_embd)
         return self.dropout(self.proj(out))
-
-
-class FeedForward(nn.Sequential):
-    """Two linear layers, four times as wide in between."""
-
-    def __init__(self, config: Config):
-        super().__init__(
-            nn.Linear(config.n_embd, 4 * config.n_embd),
-            nn.GELU(),
-            nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.dropout),
-        )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -386,7 +388,7 @@ def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run.
+    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -396,7 +398,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572).
+    arXiv:1412.6572). Dropout is on here, too, but with other features dropped than in training.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -426,11 +428,11 @@ class Trainer:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.model.depth = 0  # blocks in use; set_schedules raises it
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # of training, evaluations and saves included
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last evaluation
         self.log = []  # one dictionary per evaluation
+        self.set_depth(blocks_in_use(1, config))
 
     def set_schedules(self, step: int) -> None:
         """Set the learning rate and the number of blocks for a step."""
@@ -444,21 +446,25 @@ class Trainer:
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        self.parallel = in_parallel(self.model, self.world)  # just the model in a single process
+        # What several processes and a GPU need depends on the blocks; a single CPU needs neither.
+        self.parallel = in_parallel(self.model, self.world)
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
-            self.train_on = RecordedUpdate(self.update)  # the same, faster on a GPU
+            self.train_on = RecordedUpdate(self.update)
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss."""
-        if self.config.adversarial:  # train on these only: their loss is above that of clean images
+        """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
+
+        It is nan if the gradient is not finite.
+        """
+        if self.config.adversarial:  # no clean images, so the loss is higher than in an evaluation
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach() + 0 * norm  # nan if the gradient is not finite
+        return loss.detach().where(norm.isfinite(), math.nan)
 
     def state_dict(self) -> dict:
         """Return what checkpoint.pt holds: all that resuming needs."""

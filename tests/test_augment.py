@@ -54,6 +54,16 @@ def test_each_strength_does_its_own_part():
     assert shifted.square().sum() / images.double().square().sum() > 0.94
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_augments_as_a_cpu_does():
+    images, *_ = script.load_mnist(script.Config(subset=300))
+    on_cpu = script.augment_batch(images, 1, script.Config(), 0)
+    on_gpu = script.augment_batch(images.cuda(), 1, script.Config(), 0)
+    assert on_gpu.is_cuda
+    difference = (on_gpu.cpu().int() - on_cpu.int()).abs()
+    assert difference.max() <= 1  # a gray level, from rounding
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_batches_depend_on_seed_and_step_alone(num_workers):
     images, labels = random_images(40)[0], torch.arange(40)
