@@ -523,9 +523,9 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
-            stop_number = stop.requested()
-            if world > 1:
-                loss, stop_number = agree(loss, stop_number, world)
+
+            # Keep count, and see whether a signal asks to stop.
+            loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
@@ -666,8 +666,11 @@ class RecordedUpdate:
             self.loss = self.update(self.images, self.labels)
 
 
-def agree(loss: Tensor, stop_number: int, world: int) -> tuple[Tensor, int]:
-    """Return the mean loss of all processes, and a stop signal that any of them received, or 0."""
+def agree(loss: Tensor, world: int) -> tuple[Tensor, int]:
+    """Return the mean loss of all processes, and the signal that asks any of them to stop, or 0."""
+    stop_number = stop.requested()
+    if world == 1:
+        return loss, stop_number
     number = torch.tensor(stop_number)  # on the CPU: reading it doesn't wait for the GPU
     dist.all_reduce(loss.div_(world))
     dist.all_reduce(number, dist.ReduceOp.MAX)

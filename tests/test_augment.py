@@ -115,6 +115,7 @@ def running(start, tmp_path, **options):
     return process
 
 
+@pytest.mark.slow
 @linux
 def test_a_run_ends_when_the_system_kills_a_worker(start, tmp_path):
     process = running(start, tmp_path)
@@ -136,6 +137,7 @@ def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
     assert all(state.read_text().split()[2] == "Z" for state in states)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)])
 def test_data_that_never_comes_ends_the_run(number, status, start, tmp_path):
@@ -177,6 +179,7 @@ def test_a_container_with_little_shared_memory(megabytes, workers, tmp_path):
         one_line(result, "/dev/shm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, status", [(64, 0), (20, 1)])
 def test_few_open_files(limit, status, run):
     def few_files():
@@ -189,6 +192,7 @@ def test_few_open_files(limit, status, run):
         assert "ulimit -n" in line and "Too many open files" in line
 
 
+@pytest.mark.slow
 def test_a_worker_s_bug_keeps_its_traceback_and_its_lack_of_memory_does_not(main, monkeypatch):
     def raising(error):
         monkeypatch.setattr(script, "augment", lambda *_: (_ for _ in ()).throw(error))

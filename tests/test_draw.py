@@ -49,6 +49,9 @@ LIMIT = 400  # milliseconds from the end of a stroke to its answer, also where o
 
 
 # ---------------------------------------------------------------------------- runs and servers
+pytestmark = pytest.mark.slow  # the runs are trained, and a browser takes its time
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> list[Path]:
     """Folders of two runs, mini_vit's and vit's, that know most digits."""
@@ -560,7 +563,6 @@ def draw_number(page: Page, images: torch.Tensor) -> tuple[np.ndarray, list[int]
     return np.array(extents), times
 
 
-@pytest.mark.slow
 def test_numbers_drawn_stroke_by_stroke_are_read_at_once(page, known):
     images, labels = known
     right, well_placed, times = [0, 0], 0, []
@@ -577,7 +579,6 @@ def test_numbers_drawn_stroke_by_stroke_are_read_at_once(page, known):
     assert len(times) >= 20 and statistics.median(times) <= LIMIT
 
 
-@pytest.mark.slow
 def test_pasted_digits_are_read(page, known):
     images, labels = known
     right = [0, 0]
@@ -632,7 +633,6 @@ def test_undo_and_clear_by_button_and_by_key(page):
     assert not page.find("#undo").is_enabled()
 
 
-@pytest.mark.slow
 def test_a_photograph_is_dropped_or_opened(page, known, tmp_path):
     images, labels = known
     for way in ("drop", "open"):

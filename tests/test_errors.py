@@ -91,11 +91,13 @@ def test_damaged_archives(damage, archives, main, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_data_needs_no_temporary_folder_and_no_place_to_start_from(run):
     """The default data_dir is beside the script; tests start it from elsewhere."""
     run("mini_vit", *RUN, env={"TMPDIR": "/nowhere"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [{"RANK": ""}, {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "4"}],
@@ -104,6 +106,7 @@ def test_a_cluster_s_variables_mean_nothing_without_torchrun(variables, run):
     assert "accuracy: " in run("mini_vit", *RUN, env=variables).stdout
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder(run, tmp_path):
     run("mini_vit", *RUN, "--out_dir", "~/mine", env={"HOME": str(tmp_path / "home")})
     assert (tmp_path / "home" / "mine" / "model.pt").exists()
@@ -270,6 +273,7 @@ def test_resuming_refuses_weights_that_do_not_fit(stopped, main, monkeypatch):
     one_line(main("mini_vit", "--resume", status=1), "Transformer")
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_batch_size_and_leaves_no_trace(tmp_path):
     program = (
         "import resource, sys, mini_vit\n"
@@ -300,11 +304,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(main, tmp_path):
         assert all(value.isfinite().all() for value in weights(folder).values())
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_share_a_batch(run):
     result = run("mini_vit", *RUN, "--batch_size", "63", processes=2, status=1)
     assert "can't be split evenly" in result.stderr
 
 
+@pytest.mark.slow
 def test_compile_that_cannot_work_is_one_line(run):
     env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": "cache"}
     result = run("mini_vit", *RUN, "--compile", "on", env=env)
