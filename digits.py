@@ -30,12 +30,12 @@ WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most 
 NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, which isn't light ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
-NOISE_RATIO = 12  # contrast over the median grain; blank sheets reach 9, the faintest ink 30
+NOISE_RATIO = 20  # contrast over the median grain; blank sheets reach 9, the faintest ink 30
 LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is FAINT all along, STRONG somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
 EDGE_SHARE = 0.5  # of the edge; a digit covers less, a frame more
-DUST = 0.1  # of the tallest part's height; smaller is dust
+DUST = 10  # pixels; a part or a digit that is smaller is dust
 GAP_IN_STROKE = 2  # stroke widths; a wider gap is none of a broken stroke ...
 GAP_IN_DIGIT = 0.06  # of a digit's height; ... nor is one as wide as the space between digits
 DASH = 5.5  # stroke widths; parts no longer than this are the dashes of a dashed stroke
@@ -57,13 +57,18 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     image = open_picture(source, page)
     ink = find_ink(to_gray(image))
     across, down = image.width / ink.shape[1], image.height / ink.shape[0]
+    parts = find_parts(ink)
+    if not parts.any():
+        raise ValueError("there is nothing in it")
     digits = []
-    for number, row in enumerate(in_rows(find_digits(ink))):
+    for number, row in enumerate(in_rows(join_parts(parts))):
         for part in row:
             top, left, bottom, right = part.bbox
             box = left * across, top * down, right * across, bottom * down
             pixels = like_mnist(np.where(part.image, ink[part.slice], 0))
             digits.append(Digit(pixels, tuple(round(n) for n in box), number))
+    if not digits:
+        raise ValueError("there is nothing in it")
     return digits
 
 
@@ -170,47 +175,48 @@ def fills_picture(ink: np.ndarray) -> bool:
     return all(edge.any() for edge in edges) and places <= EDGE_PLACES and ring.mean() < EDGE_SHARE
 
 
-def find_digits(ink: np.ndarray) -> list:
+def find_parts(ink: np.ndarray) -> np.ndarray:
+    """Return where there is ink of digits: no dust, no boxes or circles around something."""
+    labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
+    parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
+    kept = np.isin(labels, [part.label for part in parts])
+    for part in parts:
+        hole = part.image_filled & ~part.image
+        if kept[part.slice][hole].any():
+            kept[labels == part.label] = False
+    return kept
+
+
+def join_parts(ink: np.ndarray) -> list:
     """Return the region of each digit. Parts are one digit where the gap between them is small.
 
     Small means: relative to a stroke's width, as pens leave gaps, and to a digit's height, as
     writers do.
     """
-    labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
-    parts = regionprops(labels)
+    parts = regionprops(label(ink))
+    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # across a bar, 1 to w/2 to 1
     tallest = max(len(part.image) for part in parts)
-    parts = [part for part in parts if max(part.image.shape) >= DUST * tallest]
-    ink = np.isin(labels, [part.label for part in parts])
-    boxes = [
-        part.label for part in parts if (ink[part.slice] & part.image_filled & ~part.image).any()
-    ]
-    parts = [part for part in parts if part.label not in boxes]
-    ink = np.isin(labels, [part.label for part in parts])
-    inside = ndimage.distance_transform_edt(ink)[ink]
-    stroke = 4 * inside.mean() - 1  # the mean distance to paper is a quarter of the width
     reach = GAP_IN_STROKE * stroke
-    tallest = max(len(part.image) for part in parts)
     dashes = np.median([part.area for part in parts]) <= DASH * stroke**2
     if not dashes or tallest > TALL * np.ptp(ink.any(1).nonzero()[0]):
         reach = min(reach, GAP_IN_DIGIT * tallest)
-    labels = np.where(ink, label(ndimage.distance_transform_edt(~ink) <= reach / 2), 0)
+    labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)
     groups = regionprops(labels)
-    tallest = max(len(group.image) for group in groups)
-    digits = [group for group in groups if len(group.image) >= TALL * tallest]
-    for group in groups:
-        if len(group.image) < TALL * tallest:
-            owners = [digit for digit in digits if is_hat(group.bbox, digit.bbox, HAT * tallest)]
-            labels[labels == group.label] = owners[0].label if owners else 0
-    return regionprops(labels)
+    least = max(DUST, TALL * max(len(group.image) for group in groups))
+    digits = [group for group in groups if len(group.image) >= least]
+    for small in groups:
+        for digit in digits:
+            if len(small.image) < least and is_hat(small.bbox, digit.bbox):
+                labels[labels == small.label] = digit.label
+    kept = [digit.label for digit in digits]
+    return [group for group in regionprops(labels) if group.label in kept]
 
 
-def is_hat(small: tuple, tall: tuple, reach: float) -> bool:
-    """Return whether a small bbox stands in the columns of a tall one, and not below it."""
-    shared = min(small[3], tall[3]) - max(small[1], tall[1])
-    small_width, width = small[3] - small[1], tall[3] - tall[1]
-    if shared < 0.3 * min(small_width, width) or small_width > 1.3 * width:
-        return False
-    return small[2] <= tall[2] and tall[0] - small[2] <= reach
+def is_hat(small: tuple, tall: tuple) -> bool:
+    """Return whether a small box may be the bar of a 5: in the columns of a tall one, above it."""
+    middle = (small[1] + small[3]) / 2
+    gap = tall[0] - small[2]
+    return tall[1] < middle < tall[3] and small[2] < tall[2] and gap <= HAT * (tall[2] - tall[0])
 
 
 def in_rows(digits: list) -> list[list]:
@@ -232,9 +238,10 @@ def like_mnist(ink: np.ndarray) -> Tensor:
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
     """
+    scale = 20 / max(ink.shape)
     inside = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
-    stroke = 20 / max(ink.shape) * 2 * np.percentile(inside[inside > 0], 90) if inside.any() else 1
-    missing = round((MNIST_STROKE - stroke) / 2 * max(ink.shape) / 20)
+    stroke = 2 * np.percentile(inside[inside > 0], 90)
+    missing = round((MNIST_STROKE / scale - stroke) / 2)
     if missing > 0:  # a thin pen
         ink = ndimage.grey_dilation(np.pad(ink, missing), (2 * missing + 1,) * 2)
     size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
