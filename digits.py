@@ -30,18 +30,18 @@ WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most 
 NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, which isn't light ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
-NOISE_RATIO = 20  # contrast over the median grain; blank sheets reach 9, the faintest ink 30
-LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
+NOISE_RATIO = 20  # contrast over the median grain; most blank sheets reach less, faint ink 32
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is FAINT all along, STRONG somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
-EDGE_SHARE = 0.5  # of the edge; a digit covers less, a frame more
+EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
+CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
+LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
 DUST = 10  # pixels; a part or a digit that is smaller is dust
-GAP_IN_STROKE = 2  # stroke widths; a wider gap is none of a broken stroke ...
-GAP_IN_DIGIT = 0.06  # of a digit's height; ... nor is one as wide as the space between digits
-DASH = 5.5  # stroke widths; parts no longer than this are the dashes of a dashed stroke
+GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
+DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
+DASH = 5.5  # stroke widths; ... and no longer than this, unlike the digits of several rows
 HAT = 0.25  # of a digit's height; so far above the rest can the bar of a 5 stand
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
-MNIST_STROKE = 2  # pixels of MNIST's 20; a thinner pen is thickened
 
 
 class Digit(NamedTuple):
@@ -58,17 +58,16 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     ink = find_ink(to_gray(image))
     across, down = image.width / ink.shape[1], image.height / ink.shape[0]
     parts = find_parts(ink)
-    if not parts.any():
+    rows = in_rows(join_parts(parts)) if parts.any() else []
+    if not rows:
         raise ValueError("there is nothing in it")
     digits = []
-    for number, row in enumerate(in_rows(join_parts(parts))):
+    for number, row in enumerate(rows):
         for part in row:
             top, left, bottom, right = part.bbox
             box = left * across, top * down, right * across, bottom * down
             pixels = like_mnist(np.where(part.image, ink[part.slice], 0))
             digits.append(Digit(pixels, tuple(round(n) for n in box), number))
-    if not digits:
-        raise ValueError("there is nothing in it")
     return digits
 
 
@@ -136,13 +135,7 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     gray = ndimage.gaussian_filter(gray, SMOOTH)
     if is_light_ink(gray):
         gray = -gray
-    window = round(WINDOW * gray.size**0.5)
-    narrow = ndimage.grey_closing(gray, (window, window), mode="nearest") - gray
-    seed = gray.copy()
-    seed[1:-1, 1:-1] = gray.max()  # fills each dark place that doesn't reach the edge
-    ink = np.minimum(narrow, reconstruction(seed, gray, method="erosion") - gray)
-    if contrast_of(ink) < LEFTOVER * contrast_of(narrow):
-        ink = narrow * fills_picture(narrow > FAINT * contrast_of(narrow))
+    ink = dark_strokes(gray, WINDOW)
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or covers half
@@ -151,15 +144,26 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
 
 
 def is_light_ink(gray: np.ndarray) -> bool:
-    """Return whether strokes are lighter than paper: by the third moment of what is narrow."""
+    """Return whether strokes are lighter than paper: by the third moment, as they stand out."""
     gray = gray[::3, ::3]  # enough for a sum
-    size = round(NARROW_WINDOW * gray.size**0.5)
     difference = gray - blurred(gray)
-    dark = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
-    light = gray - ndimage.grey_opening(gray, (size, size), mode="nearest")
-    dark = np.minimum(dark, -difference).clip(0)
-    light = np.minimum(light, difference).clip(0)
+    dark = np.minimum(dark_strokes(gray, NARROW_WINDOW), (-difference).clip(0))
+    light = np.minimum(dark_strokes(-gray, NARROW_WINDOW), difference.clip(0))
     return (light**3).sum() > (dark**3).sum()
+
+
+def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
+    """Return how much darker each pixel is than the paper, where it belongs to a stroke."""
+    size = round(window * gray.size**0.5)
+    narrow = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
+    seed = gray.copy()
+    seed[1:-1, 1:-1] = gray.max()
+    paper = reconstruction(seed, gray, method="erosion")  # fills what doesn't reach the edge
+    strokes = np.minimum(narrow, paper - gray)
+    contrast = contrast_of(narrow)
+    if contrast_of(strokes) < LEFTOVER * contrast:
+        return narrow * is_cut_off(narrow > FAINT * contrast)
+    return strokes
 
 
 def contrast_of(ink: np.ndarray) -> float:
@@ -167,12 +171,14 @@ def contrast_of(ink: np.ndarray) -> float:
     return np.median(ink[ink >= ink.max() / 2])
 
 
-def fills_picture(ink: np.ndarray) -> bool:
-    """Return whether ink is a digit cropped to its outline: it reaches each edge in few places."""
+def is_cut_off(ink: np.ndarray) -> bool:
+    """Return whether ink that meets the edge may be a digit's: no frame, no shadow, no lines."""
     edges = ink[0], ink[:, -1], ink[-1, ::-1], ink[::-1, 0]
-    ring = np.concatenate(edges)
-    places = (ring[1:] & ~ring[:-1]).sum()
-    return all(edge.any() for edge in edges) and places <= EDGE_PLACES and ring.mean() < EDGE_SHARE
+    touched = sum(edge.any() for edge in edges)  # 4 by a digit that is cropped to its outline
+    edge = np.concatenate(edges)
+    places = np.count_nonzero(edge[1:] & ~edge[:-1])
+    few = places <= EDGE_PLACES and edge.mean() < EDGE_SHARE
+    return few and touched in (1, 4) and ink.any(1).mean() > CUT_HEIGHT
 
 
 def find_parts(ink: np.ndarray) -> np.ndarray:
@@ -188,35 +194,27 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
 
 
 def join_parts(ink: np.ndarray) -> list:
-    """Return the region of each digit. Parts are one digit where the gap between them is small.
-
-    Small means: relative to a stroke's width, as pens leave gaps, and to a digit's height, as
-    writers do.
-    """
+    """Return the region of each digit. Parts are one digit if the gap between them is small."""
     parts = regionprops(label(ink))
-    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # across a bar, 1 to w/2 to 1
-    tallest = max(len(part.image) for part in parts)
-    reach = GAP_IN_STROKE * stroke
-    dashes = np.median([part.area for part in parts]) <= DASH * stroke**2
-    if not dashes or tallest > TALL * np.ptp(ink.any(1).nonzero()[0]):
-        reach = min(reach, GAP_IN_DIGIT * tallest)
+    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # of width 7: 1 2 3 4 3 2 1
+    size = np.median([part.area for part in parts])
+    height = tallest = max(len(part.image) for part in parts)
+    together = np.ptp(ink.any(1).nonzero()[0])
+    if tallest < DASHED * together and size < DASH * stroke**2:
+        height = together
+    reach = GAP * height
     labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)
     groups = regionprops(labels)
     least = max(DUST, TALL * max(len(group.image) for group in groups))
     digits = [group for group in groups if len(group.image) >= least]
     for small in groups:
         for digit in digits:
-            if len(small.image) < least and is_hat(small.bbox, digit.bbox):
+            gap = digit.bbox[0] - small.bbox[2]
+            above = abs(gap) < HAT * height and digit.bbox[1] < small.centroid[1] < digit.bbox[3]
+            if len(small.image) < least and above:
                 labels[labels == small.label] = digit.label
     kept = [digit.label for digit in digits]
-    return [group for group in regionprops(labels) if group.label in kept]
-
-
-def is_hat(small: tuple, tall: tuple) -> bool:
-    """Return whether a small box may be the bar of a 5: in the columns of a tall one, above it."""
-    middle = (small[1] + small[3]) / 2
-    gap = tall[0] - small[2]
-    return tall[1] < middle < tall[3] and small[2] < tall[2] and gap <= HAT * (tall[2] - tall[0])
+    return [digit for digit in regionprops(labels) if digit.label in kept]
 
 
 def in_rows(digits: list) -> list[list]:
@@ -238,12 +236,6 @@ def like_mnist(ink: np.ndarray) -> Tensor:
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
     """
-    scale = 20 / max(ink.shape)
-    inside = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
-    stroke = 2 * np.percentile(inside[inside > 0], 90)
-    missing = round((MNIST_STROKE / scale - stroke) / 2)
-    if missing > 0:  # a thin pen
-        ink = ndimage.grey_dilation(np.pad(ink, missing), (2 * missing + 1,) * 2)
     size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
     scaled = Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
     ink = np.asarray(scaled)
