@@ -1,11 +1,10 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
 open_picture opens any image file; to_gray makes colour grey; find_ink tells ink from paper;
-find_parts labels what is connected; join_parts makes digits of parts; in_rows puts them into
-reading order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
+find_digits makes digits of what is connected; in_rows puts them into reading order; like_mnist
+scales them. Lengths in pixels are of the picture scaled to AREA.
 """
 
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -19,40 +18,30 @@ from skimage.morphology import reconstruction
 from torch import Tensor
 
 Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit, and says what to do
-ImageFile.LOAD_TRUNCATED_IMAGES = (
-    True  # without its last bytes a file still shows most of a picture
-)
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # most of a picture is there without its last bytes
 
 MOST_PIXELS = 180_000_000  # of a file; in colour they take 0.5 GB
 SMALLEST = 4  # pixels of a side; less can't show a digit
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
-ENLARGE = 4  # times; MNIST's own 28 x 28 pixels show no more when they are enlarged further
+LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
 BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gone, light remains
 WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
 NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, which isn't light ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
-NOISE_RATIO = 12  # contrast over the median grain; blank sheets reach 9, the faintest ink 30
-LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
+NOISE_RATIO = 20  # contrast over the median grain; most blank sheets reach less, faint ink 32
 FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is FAINT all along, STRONG somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
-EDGE_SHARE = 0.5  # of the edge; a digit covers less, a frame more
-EDGE_CONTACT = 0.7  # of a part's longer side; less meets the edge of a stroke, more of a shadow
-FLAT = 0.2  # height over width; digits are higher, ruled lines are not
-SPAN = 0.9  # of the picture; a digit cropped to its outline is as high and as wide
-DUST = 0.05  # of the tallest part's height; smaller is dust
-INSIDE = 0.15  # of a part's height; if something as tall is in its hole, it is a box or a circle
-DASH = 5.5  # stroke widths; parts no longer than this may be the dashes of a dashed stroke ...
-DASH_HEIGHT = 0.5  # of the height of all parts together; ... if they are no higher than this
-GAP_IN_STROKE = 2  # stroke widths; a wider gap is none of a broken stroke ...
-GAP_IN_DIGIT = 0.06  # of a digit's height; ... nor is one as wide as the space between digits
+EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
+CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
+LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
+DUST = 10  # pixels; a part or a digit that is smaller is dust
+GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
+DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
+DASH = 5.5  # stroke widths; ... and no longer than this, unlike the digits of several rows
 HAT = 0.25  # of a digit's height; so far above the rest can the bar of a 5 stand
-HAT_SHARED = 0.3  # of the narrower one's width; a bar above a digit shares as many columns
-HAT_WIDTH = 1.3  # of the digit's width; a wider bar belongs to several digits
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
-SAME_ROW = 0.4  # of the lower one's height; digits of one row overlap by as much
-MNIST_STROKE = 2  # pixels of MNIST's 20; a thinner pen is thickened
 
 
 class Digit(NamedTuple):
@@ -68,8 +57,12 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     image = open_picture(source, page)
     ink = find_ink(to_gray(image))
     across, down = image.width / ink.shape[1], image.height / ink.shape[0]
+    parts = find_parts(ink)
+    rows = in_rows(join_parts(parts)) if parts.any() else []
+    if not rows:
+        raise ValueError("there is nothing in it")
     digits = []
-    for number, row in enumerate(in_rows(join_parts(find_parts(ink)))):
+    for number, row in enumerate(rows):
         for part in row:
             top, left, bottom, right = part.bbox
             box = left * across, top * down, right * across, bottom * down
@@ -78,19 +71,19 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     return digits
 
 
-# ---------------------------------------------------------------------------- files
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
     """Return one page of an image file as it is shown, that is turned as its EXIF block says."""
-    image = Image.open(source)
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
-    if min(image.size) < SMALLEST:
-        raise ValueError("there is nothing in it")
-    image.seek(page)
-    image.load()
-    with suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
-    return image
+    with Image.open(source) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
+        if min(image.size) < SMALLEST:
+            raise ValueError("there is nothing in it")
+        image.seek(page)
+        image.load()
+        try:
+            return ImageOps.exif_transpose(image)
+        except Exception:  # a broken EXIF block says nothing about the pixels
+            return image.copy()
 
 
 def count_pages(source: str | Path | BinaryIO) -> int:
@@ -99,9 +92,8 @@ def count_pages(source: str | Path | BinaryIO) -> int:
         return getattr(image, "n_frames", 1)
 
 
-# ---------------------------------------------------------------------------- ink and paper
 def to_gray(image: Image.Image) -> np.ndarray:
-    """Return a picture of AREA pixels as brightness, (height, width), about 0 to 1.
+    """Return a picture, scaled to AREA, as brightness, (height, width), about 0 to 1.
 
     Colour becomes grey along the direction in which strokes differ most from what surrounds them.
     """
@@ -112,8 +104,11 @@ def to_gray(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if image.mode == "LAB":
         image = image.getchannel("L")
-    scale = min(ENLARGE, (AREA / (image.width * image.height)) ** 0.5)
+    area = image.width * image.height
+    scale = (min(max(area, LEAST_AREA), AREA) / area) ** 0.5
     size = [max(1, round(n * scale)) for n in image.size]
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
     image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
     pixels = np.asarray(image, np.float32) / 255
     colour, alpha = pixels[..., :3], pixels[..., 3:]
@@ -138,7 +133,9 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     Raise ValueError if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    ink = dark_strokes(-gray if is_light_ink(gray) else gray, WINDOW)
+    if is_light_ink(gray):
+        gray = -gray
+    ink = dark_strokes(gray, WINDOW)
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or covers half
@@ -161,13 +158,11 @@ def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
     narrow = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
     seed = gray.copy()
     seed[1:-1, 1:-1] = gray.max()
-    # fills each dark place that doesn't reach the edge
-    paper = reconstruction(seed, gray, method="erosion")
+    paper = reconstruction(seed, gray, method="erosion")  # fills what doesn't reach the edge
+    strokes = np.minimum(narrow, paper - gray)
     contrast = contrast_of(narrow)
-    cut = narrow * cut_off(narrow > max(LEAST_CONTRAST, FAINT * contrast), 0.55 * size)
-    strokes = np.maximum(cut, np.minimum(narrow, paper - gray))
     if contrast_of(strokes) < LEFTOVER * contrast:
-        return np.zeros_like(gray)
+        return narrow * is_cut_off(narrow > FAINT * contrast)
     return strokes
 
 
@@ -176,91 +171,64 @@ def contrast_of(ink: np.ndarray) -> float:
     return np.median(ink[ink >= ink.max() / 2])
 
 
-def cut_off(mask: np.ndarray, least: float) -> np.ndarray:
-    """Return the parts, longer than the least, that may be digits cut off by the edge."""
-    labels = label(mask)
-    ring = np.concatenate([labels[0], labels[1:, -1], labels[-1, -2::-1], labels[-2:0:-1, 0]])
-    kept = []
-    for part in regionprops(labels):
-        touches = ring == part.label
-        places = (touches & ~np.roll(touches, 1)).sum()
-        if not 0 < places <= EDGE_PLACES or touches.mean() > EDGE_SHARE:
-            continue
-        rows, columns = part.image.shape
-        spans = rows >= SPAN * mask.shape[0], columns >= SPAN * mask.shape[1]
-        longest = max(rows, columns)
-        cut = longest > least and rows > FLAT * columns and touches.sum() <= EDGE_CONTACT * longest
-        if all(spans) or (cut and not any(spans)):
-            kept.append(part.label)
-    return np.isin(labels, kept)
+def is_cut_off(ink: np.ndarray) -> bool:
+    """Return whether ink that meets the edge may be a digit's: no frame, no shadow, no lines."""
+    edges = ink[0], ink[:, -1], ink[-1, ::-1], ink[::-1, 0]
+    touched = sum(edge.any() for edge in edges)  # 4 by a digit that is cropped to its outline
+    edge = np.concatenate(edges)
+    places = np.count_nonzero(edge[1:] & ~edge[:-1])
+    few = places <= EDGE_PLACES and edge.mean() < EDGE_SHARE
+    return few and touched in (1, 4) and ink.any(1).mean() > CUT_HEIGHT
 
 
-# ---------------------------------------------------------------------------- digits
 def find_parts(ink: np.ndarray) -> np.ndarray:
     """Return where there is ink of digits: no dust, no boxes or circles around something."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
-    parts = regionprops(labels)
-    heights = np.array([0, *(len(part.image) for part in parts)])  # by label; 0 is paper
-    kept = []
+    parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
+    kept = np.isin(labels, [part.label for part in parts])
     for part in parts:
         hole = part.image_filled & ~part.image
-        inside = np.unique(labels[part.slice][hole])
-        is_box = heights[inside].max(initial=0) >= INSIDE * len(part.image)
-        if not is_box and max(part.image.shape) >= DUST * heights.max():
-            kept.append(part.label)
-    return np.isin(labels, kept)
+        if kept[part.slice][hole].any():
+            kept[labels == part.label] = False
+    return kept
 
 
 def join_parts(ink: np.ndarray) -> list:
-    """Return the region of each digit. Parts are one digit where the gap between them is small.
-
-    Small means: relative to a stroke's width, as pens leave gaps, and to a digit's height, as
-    writers do.
-    """
-    inside = ndimage.distance_transform_edt(ink)[ink]
-    stroke = 4 * inside.mean() - 1  # the mean distance to paper is a quarter of the width
+    """Return the region of each digit. Parts are one digit if the gap between them is small."""
     parts = regionprops(label(ink))
-    tallest = max(len(part.image) for part in parts)
-    short = np.median([part.area for part in parts]) <= DASH * stroke**2
-    reach = GAP_IN_STROKE * stroke
-    if not short or tallest > DASH_HEIGHT * np.ptp(ink.any(1).nonzero()[0]):
-        reach = min(reach, GAP_IN_DIGIT * tallest)
-    labels = np.where(ink, label(ndimage.distance_transform_edt(~ink) <= reach / 2), 0)
+    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # of width 7: 1 2 3 4 3 2 1
+    size = np.median([part.area for part in parts])
+    height = tallest = max(len(part.image) for part in parts)
+    together = np.ptp(ink.any(1).nonzero()[0])
+    if tallest < DASHED * together and size < DASH * stroke**2:
+        height = together
+    reach = GAP * height
+    labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)
     groups = regionprops(labels)
-    tallest = max(len(group.image) for group in groups)
-    digits = [group for group in groups if len(group.image) >= TALL * tallest]
-    for group in groups:
-        if len(group.image) < TALL * tallest:
-            owners = [digit for digit in digits if is_hat(group.bbox, digit.bbox, HAT * tallest)]
-            labels[labels == group.label] = owners[0].label if owners else 0
-    return regionprops(labels)
-
-
-def is_hat(small: tuple, tall: tuple, reach: float) -> bool:
-    """Return whether a small bbox stands in the columns of a tall one, and not below it."""
-    shared = min(small[3], tall[3]) - max(small[1], tall[1])
-    small_width, width = small[3] - small[1], tall[3] - tall[1]
-    if shared < HAT_SHARED * min(small_width, width) or small_width > HAT_WIDTH * width:
-        return False
-    return small[2] <= tall[2] and tall[0] - small[2] <= reach
+    least = max(DUST, TALL * max(len(group.image) for group in groups))
+    digits = [group for group in groups if len(group.image) >= least]
+    for small in groups:
+        for digit in digits:
+            gap = digit.bbox[0] - small.bbox[2]
+            above = abs(gap) < HAT * height and digit.bbox[1] < small.centroid[1] < digit.bbox[3]
+            if len(small.image) < least and above:
+                labels[labels == small.label] = digit.label
+    kept = [digit.label for digit in digits]
+    return [digit for digit in regionprops(labels) if digit.label in kept]
 
 
 def in_rows(digits: list) -> list[list]:
     """Return the regions of digits in rows from top to bottom, each from left to right."""
     rows = []
     for digit in sorted(digits, key=lambda digit: digit.bbox[1]):
-        shares = [shared_height(row[-1].bbox, digit.bbox) for row in rows]
-        if max(shares, default=0) > SAME_ROW:
-            rows[int(np.argmax(shares))].append(digit)
+        for row in rows:
+            top, _, bottom, _ = row[-1].bbox
+            if top < digit.centroid[0] < bottom:
+                row.append(digit)
+                break
         else:
             rows.append([digit])
-    return sorted(rows, key=lambda row: np.mean([digit.bbox[0] + digit.bbox[2] for digit in row]))
-
-
-def shared_height(one: tuple, other: tuple) -> float:
-    """Return how much of the lower one's height two boxes (top, left, bottom, right) share."""
-    shared = min(one[2], other[2]) - max(one[0], other[0])
-    return shared / min(one[2] - one[0], other[2] - other[0])
+    return sorted(rows, key=lambda row: row[0].centroid[0])
 
 
 def like_mnist(ink: np.ndarray) -> Tensor:
@@ -268,15 +236,10 @@ def like_mnist(ink: np.ndarray) -> Tensor:
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
     """
-    inside = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
-    stroke = 20 / max(ink.shape) * 2 * np.percentile(inside[inside > 0], 90) if inside.any() else 1
-    missing = round((MNIST_STROKE - stroke) / 2 * max(ink.shape) / 20)
-    if missing > 0:  # a thin pen
-        ink = ndimage.grey_dilation(np.pad(ink, missing), (2 * missing + 1,) * 2)
     size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
     scaled = Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
     ink = np.asarray(scaled)
-    centre = [(ink.sum(1 - axis) @ np.arange(n)) / ink.sum() for axis, n in enumerate(size)]
+    centre = ndimage.center_of_mass(ink)
     top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
     digit = np.zeros((28, 28), np.uint8)
     digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()

@@ -13,32 +13,21 @@ KINDS = (
     "desk_partly vignette shadow specks ruled ruled_tilted squared baseline "
     "ballpoint ballpoint_photo pencil dashed"
 ).split()
-CHANCY = (
-    "cropped",
-    "dashed",
-    "tiny",
-    "pencil",
-    "desk_turned",
-    "shadow",
-)  # where a person, too, may err
+CHANCY = "cropped dashed tiny pencil desk_turned shadow".split()  # where a person, too, may err
 
 
 def enlarged(digit: np.ndarray, size: int) -> np.ndarray:
     """Return a digit (28, 28) uint8 as ink from 0 to 1, (size, size)."""
-    return (
-        np.asarray(
-            Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC), np.float32
-        )
-        / 255
-    )
+    large = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(large, np.float32) / 255
 
 
 def placed(ink: np.ndarray, rng: random.Random, most: int = 200) -> np.ndarray:
     """Return ink somewhere on a larger sheet, with a margin around it."""
     size, margin = len(ink), most // 10
-    sheet = np.zeros(
-        (size + rng.randint(2 * margin, most), size + rng.randint(2 * margin, most)), np.float32
-    )
+    height = size + rng.randint(2 * margin, most)
+    width = size + rng.randint(2 * margin, most)
+    sheet = np.zeros((height, width), np.float32)
     y, x = (rng.randint(margin, n - size - margin) for n in sheet.shape)
     sheet[y : y + size, x : x + size] = ink
     return sheet
@@ -63,11 +52,8 @@ def picture(pixels: np.ndarray) -> Image.Image:
 
 def grain(shape: tuple, strength: float, rng: random.Random) -> np.ndarray:
     """Return noise, the same in all colours."""
-    return (
-        np.random.default_rng(rng.randint(0, 10**6))
-        .normal(0, strength, (*shape[:2], 1))
-        .astype(np.float32)
-    )
+    numbers = np.random.default_rng(rng.randint(0, 10**6))
+    return numbers.normal(0, strength, (*shape[:2], 1)).astype(np.float32)
 
 
 def on_desk(page: np.ndarray, turned: bool, rng: random.Random) -> np.ndarray:
@@ -82,11 +68,9 @@ def on_desk(page: np.ndarray, turned: bool, rng: random.Random) -> np.ndarray:
 
 def lines(shape: tuple, kind: str, rng: random.Random) -> np.ndarray:
     """Return where ruled or squared paper has its lines."""
-    step, width, slope = (
-        rng.randint(30, 60),
-        rng.randint(1, 2),
-        rng.uniform(-0.04, 0.04) * (kind == "ruled_tilted"),
-    )
+    step = rng.randint(30, 60)
+    width = rng.randint(1, 2)
+    slope = rng.uniform(-0.04, 0.04) * (kind == "ruled_tilted")
     y, x = np.mgrid[: shape[0], : shape[1]]
     there = (y + slope * x).round().astype(int) % step < width
     return there | (x % step < width) if kind == "squared" else there
@@ -114,19 +98,16 @@ def draw_marked(page: np.ndarray, ink: np.ndarray, kind: str, rng: random.Random
         page[13:-13, 13:-13] = inner
     if kind == "specks":
         for _ in range(6):
-            y, x, size = (
-                rng.randint(0, len(page) - 4),
-                rng.randint(0, page.shape[1] - 4),
-                rng.randint(1, 4),
-            )
+            y = rng.randint(0, len(page) - 4)
+            x = rng.randint(0, page.shape[1] - 4)
+            size = rng.randint(1, 4)
             page[y : y + size, x : x + size] = 0.1
     if kind == "baseline":
         bottom = min(len(page) - 3, ink.any(1).nonzero()[0][-1] + 3)
         page[bottom : bottom + 2] = 0.3
     if kind in ("ruled", "ruled_tilted", "squared"):
-        paper = np.where(
-            lines(ink.shape, kind, rng)[..., None], np.float32([0.45, 0.55, 0.8]), 0.92
-        )
+        on_line = lines(ink.shape, kind, rng)[..., None]
+        paper = np.where(on_line, np.float32([0.45, 0.55, 0.8]), 0.92)
         page = on_paper(ink, paper, (0.15, 0.15, 0.3)) + grain(ink.shape, 0.008, rng)
     return page
 
@@ -150,20 +131,16 @@ def draw_stored(ink: np.ndarray, kind: str) -> Image.Image:
         drawn.putalpha(picture(ink))
         return drawn
     if kind == "lab":
-        to_lab = ImageCms.buildTransform(
-            ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-        )
-        return ImageCms.applyTransform(colour, to_lab)
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.applyTransform(colour, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    if kind == "chalkboard":
+        return picture(on_paper(ink, np.float32([0.1, 0.25, 0.2]), (0.85, 0.85, 0.8)))
+    if kind == "gray16":
+        return Image.fromarray(((1 - 0.8 * ink.clip(0, 1)) * 40000 + 5000).astype(np.uint16))
     return {
         "plain": lambda: picture(ink),
         "inverted": lambda: picture(1 - ink),
-        "chalkboard": lambda: picture(
-            on_paper(ink, np.float32([0.1, 0.25, 0.2]), (0.85, 0.85, 0.8))
-        ),
         "cmyk": lambda: colour.convert("CMYK"),
-        "gray16": lambda: Image.fromarray(
-            ((1 - 0.8 * ink.clip(0, 1)) * 40000 + 5000).astype(np.uint16)
-        ),
         "float": lambda: Image.fromarray((1 - 0.8 * ink) * 3.7),
         "one_bit": lambda: gray.convert("1"),
         "palette": lambda: colour.convert("P"),
@@ -179,9 +156,8 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
     size = rng.randint(20, 40) if kind == "tiny" else rng.randint(120, 300)
     ink = enlarged(digit, size)
     if kind == "cropped":  # the digit touches all four edges
-        return picture(ink).crop(
-            Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC).getbbox()
-        )
+        large = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+        return picture(ink).crop(large.getbbox())
     if kind == "thick":
         ink = ndimage.grey_dilation(ink, (size // 28, size // 28))
     ink = placed(ink, rng, 30 if kind == "tiny" else 200)
@@ -202,6 +178,17 @@ NUMBERS = (
     "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising "
     "two_rows three_rows rising_rows column telephone date cells circled underlined coloured"
 ).split()
+LENGTHS = {  # the fewest and the most digits of a line; of kinds that are not here, 2 and 8
+    "two_digits": (2, 2),
+    "long_row": (10, 12),
+    "column": (3, 5),
+    "telephone": (10, 10),
+    "date": (8, 8),
+    "cells": (1, 4),
+    "circled": (1, 1),
+    "underlined": (1, 1),
+    "coloured": (1, 1),
+}
 INK_AND_PAPER = {  # of equal brightness: what a person tells apart by colour alone
     "red on green": ((0.96, 0.57, 0.53), (0.56, 0.8, 0.57)),
     "plum on sky blue": ((0.87, 0.63, 0.87), (0.53, 0.81, 0.92)),
@@ -240,13 +227,11 @@ def sign(height: int, kind: str) -> np.ndarray:
 def in_line(glyphs: list[np.ndarray], gaps: list[int], rise: float) -> np.ndarray:
     """Return pieces of ink side by side, on a line that rises by so much a pixel of width."""
     width = sum(ink.shape[1] for ink in glyphs) + sum(gaps)
-    height = max(len(ink) for ink in glyphs) + round(abs(rise) * width)
-    line, left, middle = (
-        np.zeros((height + 2, width), np.float32),
-        0,
-        max(len(ink) for ink in glyphs) / 2,
-    )
+    highest = max(len(ink) for ink in glyphs)
+    line = np.zeros((highest + round(abs(rise) * width) + 2, width), np.float32)
+    middle = highest / 2
     start = max(0, rise * width)
+    left = 0
     for ink, gap in zip(glyphs, [*gaps, 0], strict=True):
         top = round(start + middle - len(ink) / 2 - rise * left)
         top = min(max(top, 0), len(line) - len(ink))
@@ -302,21 +287,13 @@ def draw_number(
     images: np.ndarray, kind: str, rng: random.Random
 ) -> tuple[Image.Image, list[list[int]]]:
     """Return a picture of digits from images (N, 28, 28), and which they are, line by line."""
-    lengths = {
-        "long_row": (10, 12),
-        "telephone": (10, 10),
-        "date": (8, 8),
-        "two_digits": (2, 2),
-        "column": (3, 5),
-    }
-    lengths |= {"cells": (1, 4), "circled": (1, 1), "underlined": (1, 1), "coloured": (1, 1)}
-    least, most = lengths.get(kind, (2, 8))
+    least, most = LENGTHS.get(kind, (2, 8))
     n_lines = {"two_rows": 2, "three_rows": 3, "rising_rows": 2}.get(kind, 1)
     height = rng.randint(60, 110)
-    chosen = [
-        [rng.randrange(len(images)) for _ in range(rng.randint(least, most))]
-        for _ in range(n_lines)
-    ]
+    chosen = []
+    for _ in range(n_lines):
+        length = rng.randint(least, most)
+        chosen.append([rng.randrange(len(images)) for _ in range(length)])
     written = [[images[i] for i in line] for line in chosen]
     if kind == "column":
         inks = [glyph(digit, height, kind, 0) for digit in written[0]]
@@ -346,11 +323,15 @@ def in_shadow(rng: random.Random) -> Image.Image:
     depth = rng.uniform(0.1, 0.3)
 
     def light(x, y):
-        return 0.8 - 0.8 * depth * (
-            1 + np.tanh(sharpness * (np.cos(angle) * x + np.sin(angle) * y - edge))
-        )
+        distance = np.cos(angle) * x + np.sin(angle) * y - edge
+        return 0.8 - 0.8 * depth * (1 + np.tanh(sharpness * distance))
 
     return blank(light)
+
+
+def ruled(n: np.ndarray) -> np.ndarray:
+    """Return which rows or columns, from 0 at the middle, lie on a line of ruled paper."""
+    return n.astype(int) % 40 < 2
 
 
 BLANK = {
@@ -359,11 +340,7 @@ BLANK = {
     "dark": lambda: blank(lambda x, y: 0.1 + 0 * x),
     "vignette": lambda: blank(lambda x, y: 0.8 * (1 - 0.3 * (x * x + y * y))),
     "uneven": lambda: blank(lambda x, y: 0.5 + 0.3 * x),
-    "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ((y * 150).astype(int) % 40 < 2)),
-    "squared": lambda: blank(
-        lambda x, y: (
-            0.9 - 0.4 * (((y * 150).astype(int) % 40 < 2) | ((x * 200).astype(int) % 40 < 2))
-        )
-    ),
+    "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ruled(y * 150)),
+    "squared": lambda: blank(lambda x, y: 0.9 - 0.4 * (ruled(y * 150) | ruled(x * 200))),
     "framed": lambda: blank(lambda x, y: np.where((abs(x) > 0.95) | (abs(y) > 0.95), 0.1, 0.9)),
 }
