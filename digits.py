@@ -1,8 +1,8 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
 open_picture opens any image file; to_gray makes colour grey; find_ink tells ink from paper;
-find_digits makes digits of what is connected; in_rows puts them into reading order; like_mnist
-scales them. Lengths in pixels are of the picture scaled to AREA.
+find_parts finds what is connected; join_parts makes digits of parts; in_rows puts them into reading
+order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
 """
 
 from pathlib import Path
@@ -37,9 +37,10 @@ EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
 CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
 LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
 DUST = 10  # pixels; a part or a digit that is smaller is dust
+INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
 GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
-DASH = 5.5  # stroke widths; ... and no longer than this, unlike the digits of several rows
+DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
 HAT = 0.25  # of a digit's height; so far above the rest can the bar of a 5 stand
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 
@@ -185,12 +186,14 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     """Return where there is ink of digits: no dust, no boxes or circles around something."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
-    kept = np.isin(labels, [part.label for part in parts])
+    heights = {part.label: len(part.image) for part in parts}
+    kept = []
     for part in parts:
         hole = part.image_filled & ~part.image
-        if kept[part.slice][hole].any():
-            kept[labels == part.label] = False
-    return kept
+        inside = np.unique(labels[part.slice][hole])
+        if max(heights.get(n, 0) for n in [0, *inside]) < INSIDE * len(part.image):
+            kept.append(part.label)
+    return np.isin(labels, kept)
 
 
 def join_parts(ink: np.ndarray) -> list:

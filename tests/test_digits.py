@@ -110,6 +110,7 @@ def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
         digits.read_digits(path)
 
 
+@pytest.mark.slow
 def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
     """The picture is larger than what digits.py works on, and of another form."""
     _, images, _ = trained
@@ -125,6 +126,7 @@ def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
         assert np.abs(np.subtract(digit.box, np.add(drawn, (left, top, left, top)))).max() <= 15
 
 
+@pytest.mark.slow
 def test_a_picture_is_turned_as_its_exif_block_says(trained, tmp_path):
     """What open_picture returns is what boxes are measured in."""
     model, images, labels = trained
@@ -138,6 +140,7 @@ def test_a_picture_is_turned_as_its_exif_block_says(trained, tmp_path):
     assert found[0].box[2] <= picture.width and found[0].box[3] <= picture.height
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "webp"])
 def test_a_broken_exif_block_is_ignored(suffix, trained, tmp_path):
     model, images, labels = trained
@@ -146,6 +149,7 @@ def test_a_broken_exif_block_is_ignored(suffix, trained, tmp_path):
     assert recognize(model, digits.read_digits(tmp_path / f"digit.{suffix}")) == [labels[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["tif", "gif"])
 def test_each_page_is_read(suffix, trained, tmp_path):
     model, images, labels = trained
@@ -159,6 +163,7 @@ def test_each_page_is_read(suffix, trained, tmp_path):
     assert digits.count_pages(tmp_path / "one.png") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [2, 200, 0.2])
 def test_a_jpeg_that_lacks_its_last_bytes_is_read(lost, trained, tmp_path):
     """Bytes or, below 1, a share of the file."""
@@ -170,6 +175,7 @@ def test_a_jpeg_that_lacks_its_last_bytes_is_read(lost, trained, tmp_path):
     assert recognize(model, digits.read_digits(io.BytesIO(part))) == [labels[1]]
 
 
+@pytest.mark.slow
 def test_mnist_images_come_back_nearly_unchanged(trained, tmp_path):
     distances = []
     for image in trained[1][:100]:
