@@ -42,7 +42,8 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
-# Each field is also a flag, and its comment is the flag's help. A field that you add is one, too.
+# Each field is also a flag, and its comment is the flag's help. So is a field that you add: an int,
+# float, bool or str.
 # Fields that are -1 get their value from one of these, once the device is known.
 ON_CUDA = {
     "batch_size": 4096,
@@ -82,7 +83,7 @@ class Config:
         -1
     )  # that augment; -1: one per core, up to 16; 0: none, it is done on the device
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
-    d_head: int = 56  # numbers per head; each number is one token
+    d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
     first_layers: int = -1  # blocks in use at first; -1 is 4 on CUDA, 1 elsewhere
@@ -92,9 +93,9 @@ class Config:
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; if this default is taken, -2, -3, ...
-    subset: int = 0  # use only the first so many images of each set; 0 is all
-    holdout: int = 0  # keep so many last training images out of training, and test on them
+    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; -2, -3, ... is added to this default
+    subset: int = 0  # use only the first N images of each set; 0 is all
+    holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
         """Raise ValueError, whose text is one line, for values that can't be used."""
@@ -170,8 +171,8 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     parts = []
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
-        first = n_pass * n_images
-        parts.append(order[max(begin - first, 0) : end - first])  # what lies in this pass
+        first = n_pass * n_images  # images taken in the passes before this one
+        parts.append(order[max(begin - first, 0) : end - first])  # the batch's part in this pass
     return torch.cat(parts)
 
 
@@ -369,9 +370,12 @@ class Transformer(nn.Module):
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        """Draw the weights as GPT-2 does: what writes into the residual stream starts smaller."""
+        """Draw the weights as GPT-2 does; what a block adds to the residual stream starts smaller.
+
+        LayerNorms start as they are, with weights of 1.
+        """
         for name, parameter in self.named_parameters():
-            if name.endswith(("proj.weight", "ff.2.weight")):
+            if name.endswith(("proj.weight", "ff.2.weight")):  # a block's outputs
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers))
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -421,14 +425,14 @@ class MultiHead(nn.Module):
     """Attention within one vector, whose features are the tokens.
 
     A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
-    In its head, each of these numbers is a token of width 1, which attends to the d_head numbers of
-    the head. There are no position embeddings, since each number has its own row of weights.
+    A head has d_head tokens: token i has the i-th number of q, of k and of v, and attends to all
+    tokens of its head. Each number has its own row of weights, so no position embedding is needed.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # as in the original, DFin/ViT; keys of width 1 need none
+        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width 1 would need none
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -450,7 +454,7 @@ def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 
 
 # ---------------------------------------------------------------- the same attention, faster
-# Skip this section at first reading. The tests hold it against attention_by_the_book.
+# Skip this section at first reading. The tests compare it with attention_by_the_book.
 def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return what attention_by_the_book returns, exact also for scores of ±1000."""
     return RankOneAttention.apply(q * scale, k, v)
@@ -539,49 +543,12 @@ def evaluate(
     return F.cross_entropy(logits, labels).item(), logits.softmax(-1)
 
 
-def log_evaluation(trainer: "Trainer", images: Tensor, labels: Tensor) -> Tensor:
-    """Evaluate, print the result, add it to the trainer's log; return the probabilities (N, 10)."""
-    test_loss, probabilities = evaluate(trainer.model, images, labels)
-    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
-    last = trainer.log[-1] if trainer.log else {"iter": 0, "seconds": 0.0}
-    steps = trainer.step - last["iter"]
-    seconds = trainer.seconds - last["seconds"]
-    row = {
-        "iter": trainer.step,
-        "learning_rate": learning_rate(trainer.step, trainer.config),
-        "train_loss": trainer.loss_sum.item() / steps,
-        "test_loss": test_loss,
-        "test_accuracy": accuracy,
-        "images_per_second": steps * trainer.config.batch_size / max(seconds, 1e-9),
-        "seconds": trainer.seconds,
-    }
-    trainer.log.append(row)
-    trainer.loss_sum.zero_()
-    losses = f"train loss {row['train_loss']:.4f}, test loss {test_loss:.4f}"
-    speed = f"{row['images_per_second']:.0f} images/s, {trainer.seconds:.0f} s"
-    say(f"step {trainer.step}: {losses}, test accuracy {accuracy:.2%}, {speed}")
-    return probabilities
-
-
-def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None:
-    """Print the three likeliest labels of ten random test digits, and the accuracy."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for i in torch.randperm(len(labels), generator=generator)[:10].tolist():
-        line = f"test digit {i:5d} is a {labels[i]}, the model says"
-        for p, digit in zip(*probabilities[i].topk(3), strict=True):
-            line += f"   {digit}: {p:7.2%}"
-        say(line)
-    say(f"to see what it has learned: python look.py {shlex.quote(config.out_dir)}")
-    correct = int((probabilities.argmax(-1) == labels).sum())
-    say(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
-
-
 # ---------------------------------------------------------------- training
 def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
-    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters both
-    have all of it. The decay, if there is time for one, ends at 0 with the last step.
+    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters are
+    both at the peak. The decay, if there is time for one, ends at 0 with the last step.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -594,7 +561,8 @@ def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little.
+    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little: the
+    first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -619,7 +587,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on here, too, but with other features dropped than in training.
+    arXiv:1412.6572). Dropout is on, but drops other features than in the pass that trains.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -667,20 +635,21 @@ class Trainer:
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        # What several processes and a GPU need depends on the blocks; a single CPU needs neither.
+        # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
         self.parallel = in_parallel(self.model, self.world)
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
-            self.train_on = RecordedUpdate(self.update)
+            self.train_on = RecordedUpdate(self.update)  # the same, faster
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        It is nan if the gradient is not finite.
+        The loss is nan if the gradient is not finite. A GPU records this method once and replays
+        it (RecordedUpdate), so it must not print or read values.
         """
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:  # no clean images, so the loss is higher than in an evaluation
+        if self.config.adversarial:  # only on these, so the loss is above an evaluation's
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -747,12 +716,12 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
 
-            # Keep count, and see whether a signal asks to stop.
+            # Keep count, and see whether a signal asks any process to stop.
             loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
-            stop.after_the_step()  # there is something to save now
+            stop.after_the_step()  # from now on, there is something to save when a signal comes
             if rank == 0 and folder is None:
                 folder = new_folder(config)
 
@@ -784,7 +753,45 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to go on: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)
+    return 0 if finished else 128 + max(stop_number, stop.number)  # batches may end at a signal
+
+
+# ---------------------------------------------------------------- results
+def log_evaluation(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
+    """Evaluate, print the result, add it to the trainer's log; return the probabilities (N, 10)."""
+    test_loss, probabilities = evaluate(trainer.model, images, labels)
+    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
+    last = trainer.log[-1] if trainer.log else {"iter": 0, "seconds": 0.0}
+    steps = trainer.step - last["iter"]
+    seconds = trainer.seconds - last["seconds"]
+    row = {
+        "iter": trainer.step,
+        "learning_rate": learning_rate(trainer.step, trainer.config),
+        "train_loss": trainer.loss_sum.item() / steps,
+        "test_loss": test_loss,
+        "test_accuracy": accuracy,
+        "images_per_second": steps * trainer.config.batch_size / max(seconds, 1e-9),
+        "seconds": trainer.seconds,
+    }
+    trainer.log.append(row)
+    trainer.loss_sum.zero_()
+    losses = f"train loss {row['train_loss']:.4f}, test loss {test_loss:.4f}"
+    speed = f"{row['images_per_second']:.0f} images/s, {trainer.seconds:.0f} s"
+    say(f"step {trainer.step}: {losses}, test accuracy {accuracy:.2%}, {speed}")
+    return probabilities
+
+
+def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None:
+    """Print the three likeliest labels of ten random test digits, and the accuracy."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for i in torch.randperm(len(labels), generator=generator)[:10].tolist():
+        line = f"test digit {i:5d} is a {labels[i]}, the model says"
+        for p, digit in zip(*probabilities[i].topk(3), strict=True):
+            line += f"   {digit}: {p:7.2%}"
+        say(line)
+    say(f"to see what it has learned: python look.py {shlex.quote(config.out_dir)}")
+    correct = int((probabilities.argmax(-1) == labels).sum())
+    say(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
 
 
 # ---------------------------------------------------------------- hardware

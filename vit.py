@@ -41,7 +41,8 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
-# Each field is also a flag, and its comment is the flag's help. A field that you add is one, too.
+# Each field is also a flag, and its comment is the flag's help. So is a field that you add: an int,
+# float, bool or str.
 @dataclass
 class Config:
     batch_size: int = 128  # images per optimizer step; lower it if memory runs out
@@ -73,9 +74,9 @@ class Config:
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; if this default is taken, -2, -3, ...
-    subset: int = 0  # use only the first so many images of each set; 0 is all
-    holdout: int = 0  # keep so many last training images out of training, and test on them
+    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; -2, -3, ... is added to this default
+    subset: int = 0  # use only the first N images of each set; 0 is all
+    holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
         """Raise ValueError, whose text is one line, for values that can't be used."""
@@ -147,8 +148,8 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     parts = []
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
-        first = n_pass * n_images
-        parts.append(order[max(begin - first, 0) : end - first])  # what lies in this pass
+        first = n_pass * n_images  # images taken in the passes before this one
+        parts.append(order[max(begin - first, 0) : end - first])  # the batch's part in this pass
     return torch.cat(parts)
 
 
@@ -242,7 +243,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5  # for narrow layers, GPT-2's 0.02 is too little
-                if name.endswith(("proj.weight", "ff.2.weight")):
+                if name.endswith(("proj.weight", "ff.2.weight")):  # a block's outputs
                     std = std / math.sqrt(2 * config.n_layers)
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
@@ -333,49 +334,12 @@ def evaluate(
     return F.cross_entropy(logits, labels).item(), logits.softmax(-1)
 
 
-def log_evaluation(trainer: "Trainer", images: Tensor, labels: Tensor) -> Tensor:
-    """Evaluate, print the result, add it to the trainer's log; return the probabilities (N, 10)."""
-    test_loss, probabilities = evaluate(trainer.model, images, labels)
-    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
-    last = trainer.log[-1] if trainer.log else {"iter": 0, "seconds": 0.0}
-    steps = trainer.step - last["iter"]
-    seconds = trainer.seconds - last["seconds"]
-    row = {
-        "iter": trainer.step,
-        "learning_rate": learning_rate(trainer.step, trainer.config),
-        "train_loss": trainer.loss_sum.item() / steps,
-        "test_loss": test_loss,
-        "test_accuracy": accuracy,
-        "images_per_second": steps * trainer.config.batch_size / max(seconds, 1e-9),
-        "seconds": trainer.seconds,
-    }
-    trainer.log.append(row)
-    trainer.loss_sum.zero_()
-    losses = f"train loss {row['train_loss']:.4f}, test loss {test_loss:.4f}"
-    speed = f"{row['images_per_second']:.0f} images/s, {trainer.seconds:.0f} s"
-    say(f"step {trainer.step}: {losses}, test accuracy {accuracy:.2%}, {speed}")
-    return probabilities
-
-
-def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None:
-    """Print the three likeliest labels of ten random test digits, and the accuracy."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for i in torch.randperm(len(labels), generator=generator)[:10].tolist():
-        line = f"test digit {i:5d} is a {labels[i]}, the model says"
-        for p, digit in zip(*probabilities[i].topk(3), strict=True):
-            line += f"   {digit}: {p:7.2%}"
-        say(line)
-    say(f"to see what it has learned: python look.py {shlex.quote(config.out_dir)}")
-    correct = int((probabilities.argmax(-1) == labels).sum())
-    say(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
-
-
 # ---------------------------------------------------------------- training
 def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
-    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters both
-    have all of it. The decay, if there is time for one, ends at 0 with the last step.
+    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters are
+    both at the peak. The decay, if there is time for one, ends at 0 with the last step.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -388,7 +352,8 @@ def blocks_in_use(step: int, config: Config) -> int:
     """Return how many blocks a step uses: few for most of a run, then ever more.
 
     A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little.
+    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little: the
+    first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -398,7 +363,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on here, too, but with other features dropped than in training.
+    arXiv:1412.6572). Dropout is on, but drops other features than in the pass that trains.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -446,18 +411,19 @@ class Trainer:
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
-        # What several processes and a GPU need depends on the blocks; a single CPU needs neither.
+        # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
         self.parallel = in_parallel(self.model, self.world)
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
-            self.train_on = RecordedUpdate(self.update)
+            self.train_on = RecordedUpdate(self.update)  # the same, faster
 
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        It is nan if the gradient is not finite.
+        The loss is nan if the gradient is not finite. A GPU records this method once and replays
+        it (RecordedUpdate), so it must not print or read values.
         """
-        if self.config.adversarial:  # no clean images, so the loss is higher than in an evaluation
+        if self.config.adversarial:  # only on these, so the loss is above an evaluation's
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -524,12 +490,12 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
 
-            # Keep count, and see whether a signal asks to stop.
+            # Keep count, and see whether a signal asks any process to stop.
             loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
-            stop.after_the_step()  # there is something to save now
+            stop.after_the_step()  # from now on, there is something to save when a signal comes
             if rank == 0 and folder is None:
                 folder = new_folder(config)
 
@@ -561,7 +527,45 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to go on: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)
+    return 0 if finished else 128 + max(stop_number, stop.number)  # batches may end at a signal
+
+
+# ---------------------------------------------------------------- results
+def log_evaluation(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
+    """Evaluate, print the result, add it to the trainer's log; return the probabilities (N, 10)."""
+    test_loss, probabilities = evaluate(trainer.model, images, labels)
+    accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
+    last = trainer.log[-1] if trainer.log else {"iter": 0, "seconds": 0.0}
+    steps = trainer.step - last["iter"]
+    seconds = trainer.seconds - last["seconds"]
+    row = {
+        "iter": trainer.step,
+        "learning_rate": learning_rate(trainer.step, trainer.config),
+        "train_loss": trainer.loss_sum.item() / steps,
+        "test_loss": test_loss,
+        "test_accuracy": accuracy,
+        "images_per_second": steps * trainer.config.batch_size / max(seconds, 1e-9),
+        "seconds": trainer.seconds,
+    }
+    trainer.log.append(row)
+    trainer.loss_sum.zero_()
+    losses = f"train loss {row['train_loss']:.4f}, test loss {test_loss:.4f}"
+    speed = f"{row['images_per_second']:.0f} images/s, {trainer.seconds:.0f} s"
+    say(f"step {trainer.step}: {losses}, test accuracy {accuracy:.2%}, {speed}")
+    return probabilities
+
+
+def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None:
+    """Print the three likeliest labels of ten random test digits, and the accuracy."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for i in torch.randperm(len(labels), generator=generator)[:10].tolist():
+        line = f"test digit {i:5d} is a {labels[i]}, the model says"
+        for p, digit in zip(*probabilities[i].topk(3), strict=True):
+            line += f"   {digit}: {p:7.2%}"
+        say(line)
+    say(f"to see what it has learned: python look.py {shlex.quote(config.out_dir)}")
+    correct = int((probabilities.argmax(-1) == labels).sum())
+    say(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
 
 
 # ---------------------------------------------------------------- hardware

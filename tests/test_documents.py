@@ -44,8 +44,8 @@ def test_readme_says_what_results_says(script):
     said, cpu, gpu = IN_README[script], ON_CPU[script], ON_GPU[script]
     assert said["parameters"] == cpu["parameters"] == gpu["parameters"]
     minutes = round(float(cpu["minutes"]))
-    assert said["on two CPU cores"] == f"{accuracy(cpu)}, {minutes} min"
-    on_gpu = said["on one GPU"].removesuffix(" ¹")
+    assert said["accuracy, two CPU cores"] == f"{accuracy(cpu)}, {minutes} min"
+    on_gpu = said["accuracy, one GPU"].removesuffix(" ¹")
     assert on_gpu == f"{accuracy(gpu)}, {gpu['seconds ¹']} s"
 
 
