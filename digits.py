@@ -203,7 +203,8 @@ def join_parts(ink: np.ndarray) -> list:
     size = np.median([part.area for part in parts])
     height = tallest = max(len(part.image) for part in parts)
     together = np.ptp(ink.any(1).nonzero()[0])
-    if tallest < DASHED * together and size < DASH * stroke**2:
+    no_holes = all(part.euler_number == 1 for part in parts)
+    if no_holes and tallest < DASHED * together and size < DASH * stroke**2:
         height = together
     reach = GAP * height
     labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -704,9 +706,12 @@ def test_only_the_last_stroke_counts(page, server, monkeypatch):
     assert len(calls) < 6
 
 
-def test_the_page_says_when_the_server_has_gone(browser, runs):
-    with serving(runs) as server:
-        page = Page(browser, server)
+def test_the_page_says_when_the_server_has_gone(browser, start_draw, folders):
+    process = start_draw(*folders)
+    port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline())[1])
+    page = Page(browser, SimpleNamespace(server_port=port))
+    process.kill()
+    process.wait()
     page.draw(np.array([[500, 60], [500, 340]]))
     assert page.wait().find("#answer .error").text == "No answer: is draw.py still running?"
 
