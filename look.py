@@ -182,9 +182,8 @@ def draw_curves(axes, log: list[dict]) -> None:
     losses.set(xlabel="step", title="cross-entropy", yscale="log")
     losses.legend()
     accuracy.plot(steps, [100 * row["test_accuracy"] for row in log], "C1-o")
-    accuracy.set(
-        xlabel="step", title=f"test accuracy: {log[-1]['test_accuracy']:.2%}" if log else ""
-    )
+    final = f": {log[-1]['test_accuracy']:.2%}" if log else ""
+    accuracy.set(xlabel="step", title=f"test accuracy{final}")
     accuracy.set_ylabel("accuracy, %", color="C1")
     rate = accuracy.twinx()
     rate.plot(steps, [row["learning_rate"] for row in log], "C2:")
@@ -193,27 +192,14 @@ def draw_curves(axes, log: list[dict]) -> None:
 
 def draw_confusion(axes, predicted: Tensor, labels: Tensor) -> None:
     """Draw how often each digit was taken for which."""
-    counts = torch.zeros(10, 10, dtype=torch.long).index_put_(
-        (labels, predicted), torch.tensor(1), True
-    )
+    counts = torch.zeros(10, 10, dtype=torch.long)
+    counts.index_put_((labels, predicted), torch.tensor(1), accumulate=True)
     axes.imshow(counts.float().log1p(), cmap="Blues")
+    style = {"ha": "center", "va": "center", "fontsize": 8}
     for i, j in counts.nonzero().tolist():
-        axes.text(
-            j,
-            i,
-            counts[i, j].item(),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="w" if i == j else "k",
-        )
-    axes.set(
-        xlabel="predicted",
-        ylabel="true",
-        xticks=range(10),
-        yticks=range(10),
-        title="confusion matrix",
-    )
+        axes.text(j, i, counts[i, j].item(), color="w" if i == j else "k", **style)
+    axes.set(xlabel="predicted", ylabel="true", title="confusion matrix")
+    axes.set(xticks=range(10), yticks=range(10))
 
 
 def draw_mistakes(figure, images: Tensor, labels: Tensor, probabilities: Tensor) -> None:
@@ -226,39 +212,32 @@ def draw_mistakes(figure, images: Tensor, labels: Tensor, probabilities: Tensor)
         axes.axis("off")
         if i is not None:
             axes.imshow(images[i].view(28, 28), cmap="gray")
-            axes.set_title(
-                f"{labels[i]} → {predicted[i]}\n{probabilities[i].max():.1%}", fontsize=9
-            )
+            title = f"{labels[i]} → {predicted[i]}\n{probabilities[i].max():.1%}"
+            axes.set_title(title, fontsize=9)
 
 
 def draw_attention(figure, model, image: Tensor) -> None:
     """Draw one digit, and attention in three heads of the first and of the last block."""
-    figure.suptitle(
-        "attention of one digit: each row is one feature (query), bright where it looks (keys)"
-    )
+    title = "attention within one digit: a row is a feature (query), bright where it looks (keys)"
+    figure.suptitle(title)
     axes = figure.subplots(2, 4)
     for ax in axes.flat:
         ax.axis("off")
     axes[0, 0].imshow(image.cpu().view(28, 28), cmap="gray")
-    axes[0, 0].set_title("the digit")
+    axes[0, 0].set_title("input")
     for row, (place, block) in zip(axes, [("first", 0), ("last", model.depth - 1)], strict=True):
-        for head, (ax, weights) in enumerate(
-            zip(row[1:], attention_matrix(model, image, block), strict=False)
-        ):
+        heads = zip(row[1:], attention_matrix(model, image, block), strict=False)
+        for head, (ax, weights) in enumerate(heads, 1):
             ax.axis("on")
             ax.imshow(weights, cmap="viridis")
-            ax.set(
-                title=f"{place} block, head {head + 1}",
-                xlabel="key: feature j",
-                ylabel="query: feature i",
-            )
+            ax.set_title(f"{place} block, head {head}")
+            ax.set(xlabel="key: feature j", ylabel="query: feature i")
 
 
 def draw_patches(figure, model, images: Tensor) -> None:
     """Draw where a vit's class token looks, and how alike its position embeddings are."""
-    figure.suptitle(
-        "where the class token looks (attention rolled out over blocks); position embeddings"
-    )
+    title = "where the class token looks (attention rolled out over blocks); position embeddings"
+    figure.suptitle(title)
     *axes, last = figure.subplots(2, 5).T.flat
     for ax, image, share in zip(axes, images, rollout(model, images), strict=False):
         ax.axis("off")
@@ -266,9 +245,8 @@ def draw_patches(figure, model, images: Tensor) -> None:
         ax.imshow(share, cmap="inferno", alpha=0.6, extent=(0, 28, 28, 0), interpolation="bilinear")
     patches = torch.nn.functional.normalize(model.position[1:].cpu(), dim=-1)
     side = round(len(patches) ** 0.5)
-    tiles = torch.nn.functional.pad(
-        (patches @ patches.T).view(side, side, side, side), (0, 1, 0, 1), value=torch.nan
-    )
+    alike = (patches @ patches.T).view(side, side, side, side)
+    tiles = torch.nn.functional.pad(alike, (0, 1, 0, 1), value=torch.nan)  # lines between tiles
     last.imshow(tiles.permute(0, 2, 1, 3).reshape(side * (side + 1), -1), cmap="viridis")
     last.set(title="position embeddings:\ncosine similarity", xticks=[], yticks=[])
     last.set_xlabel("tile: one patch with all others", fontsize=8)

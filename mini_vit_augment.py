@@ -79,9 +79,7 @@ class Config:
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
-    num_workers: int = (
-        -1
-    )  # that augment; -1: one per core, up to 16; 0: none, it is done on the device
+    num_workers: int = -1  # processes that augment; 0: the device does, -1: one per core, up to 16
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks

@@ -60,9 +60,7 @@ def main(tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         try:
             returned, last_words = module.main(list(flags)), ""
-        except (
-            SystemExit
-        ) as stop:  # as the interpreter treats it: a text goes to stderr, with status 1
+        except SystemExit as stop:  # the interpreter prints a text on stderr, with status 1
             is_text = isinstance(stop.code, str)
             returned, last_words = (1, stop.code + "\n") if is_text else (stop.code, "")
         out, err = capfd.readouterr()
