@@ -31,7 +31,8 @@ NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, which isn't
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # contrast over the median grain; most blank sheets reach less, faint ink 32
-FAINT, STRONG = 0.3, 0.6  # of the ink's contrast; a stroke is FAINT all along, STRONG somewhere
+FAINT = 0.3  # of the ink's contrast; a stroke has as much all along ...
+STRONG = 0.6  # of the ink's contrast; ... and as much as this somewhere
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
 EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
 CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
@@ -57,7 +58,8 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     """Return the digits of a picture, row by row, left to right; ValueError if there are none."""
     image = open_picture(source, page)
     ink = find_ink(to_gray(image))
-    across, down = image.width / ink.shape[1], image.height / ink.shape[0]
+    across = image.width / ink.shape[1]
+    down = image.height / ink.shape[0]
     parts = find_parts(ink)
     rows = in_rows(join_parts(parts)) if parts.any() else []
     if not rows:
@@ -112,7 +114,8 @@ def to_gray(image: Image.Image) -> np.ndarray:
         return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
     image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
     pixels = np.asarray(image, np.float32) / 255
-    colour, alpha = pixels[..., :3], pixels[..., 3:]
+    colour = pixels[..., :3]
+    alpha = pixels[..., 3:]
     drawn = colour * alpha
     paper = drawn.mean() < 0.5 * alpha.mean()  # what is transparent contrasts with what is drawn
     colour = drawn + paper * (1 - alpha)

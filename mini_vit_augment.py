@@ -91,7 +91,7 @@ class Config:
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # gets the run's files; -2, -3, ... is added to this default
+    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; this default, if taken, gets -2, -3, ...
     subset: int = 0  # use only the first N images of each set; 0 is all
     holdout: int = 0  # hold out the last N training images, and test on those
 
@@ -140,13 +140,17 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     test_images = read_archive("t10k-images-idx3", config)[16:].view(-1, 784)
     test_labels = read_archive("t10k-labels-idx1", config)[8:].long()
     if config.subset:
-        images, labels = images[: config.subset], labels[: config.subset]
-        test_images, test_labels = test_images[: config.subset], test_labels[: config.subset]
+        images = images[: config.subset]
+        labels = labels[: config.subset]
+        test_images = test_images[: config.subset]
+        test_labels = test_labels[: config.subset]
     if config.holdout >= len(images):
         fail(f"holdout {config.holdout} leaves none of the {len(images)} training images")
     if config.holdout:
-        test_images, test_labels = images[-config.holdout :], labels[-config.holdout :]
-        images, labels = images[: -config.holdout], labels[: -config.holdout]
+        test_images = images[-config.holdout :]
+        test_labels = labels[-config.holdout :]
+        images = images[: -config.holdout]
+        labels = labels[: -config.holdout]
     return images, labels, test_images, test_labels
 
 
@@ -200,7 +204,8 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     high = 1 + uniform(config.scaling)
     shift_x = uniform(config.translation / 14)  # in grid_sample's units, an image is 2 wide
     shift_y = uniform(config.translation / 14)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     x = torch.stack([cos / wide, (sin + shear * cos) / high, shift_x], -1)
     y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
     affine = torch.stack([x, y], 1)  # (B, 2, 3)
@@ -691,7 +696,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     """
     device, rank, world = set_up(config)
     train_images, train_labels, test_images, test_labels = load_mnist(config)
-    test_images, test_labels = test_images.to(device), test_labels.to(device)
+    test_images = test_images.to(device)
+    test_labels = test_labels.to(device)
     trainer = Trainer(config, device, world)
     if checkpoint:
         with explained(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
@@ -796,13 +802,15 @@ def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None
 def set_up(config: Config) -> tuple[torch.device, int, int]:
     """Return the device, this process's rank and the number of processes that train together."""
     name = config.device
-    rank, world = 0, 1
+    rank = 0
+    world = 1
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE are a cluster's and mean nothing
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank = int(os.environ["RANK"])
+        world = int(os.environ["WORLD_SIZE"])
         if name.startswith("cuda"):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         backend = "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo"
