@@ -48,7 +48,9 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
     try:
         # mmap leaves the optimizer's averages on the disk.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        name, config, weights = state["script"], state["config"], state["model"]
+        name = state["script"]
+        config = state["config"]
+        weights = state["model"]
     except Exception as error:
         reason = type(error).__name__
         fail(f"can't read {path}: it is missing, damaged or not from a run ({reason})")
@@ -348,7 +350,8 @@ def compare(folders: list[Path]) -> None:
     for folder, name in zip(folders, names, strict=True):
         rows = read_log(folder)
         logs[name if names.count(name) == 1 else str(folder)] = rows
-        accuracy, minutes = rows[-1]["test_accuracy"], rows[-1]["seconds"] / 60
+        accuracy = rows[-1]["test_accuracy"]
+        minutes = rows[-1]["seconds"] / 60
         print(f"{folder}: {accuracy:.2%} after {minutes:.1f} minutes")
 
     def draw(path: Path) -> None:

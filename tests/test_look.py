@@ -268,31 +268,31 @@ def test_a_picture_whose_error_says_nothing_has_the_error_s_type(tmp_path, capfd
     assert capfd.readouterr().err == "no comparison.png: MemoryError: MemoryError\n"
 
 
-@pytest.mark.parametrize("content", ["", "test_accuracy,seconds\n"])
-def test_a_run_without_an_evaluation_is_one_line(content, tmp_path, monkeypatch):
+@pytest.fixture
+def write_log_b(tmp_path, monkeypatch):
+    """A function that writes runs/b/log.csv, beside a good log of runs/a."""
     monkeypatch.chdir(tmp_path)
     write_log(Path("runs/a"), 0.5, 0.9)
-    write_log(Path("runs/b"))
-    Path("runs/b/log.csv").write_text(content)
+    write_log(Path("runs/b"), 0.5, 0.9)
+    return Path("runs/b/log.csv").write_text
+
+
+@pytest.mark.parametrize("content", ["", "test_accuracy,seconds\n"])
+def test_a_run_without_an_evaluation_is_one_line(content, write_log_b):
+    write_log_b(content)
     one_line(error_of("runs/a", "runs/b"), "runs/b", "no evaluation yet")
     one_line(error_of("runs/b", "runs/a"), "runs/b", "no evaluation yet")
 
 
-def test_a_log_with_semicolons_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_log(Path("runs/a"), 0.5, 0.9)
-    write_log(Path("runs/b"), 0.5, 0.9)
-    path = Path("runs/b/log.csv")
-    path.write_text(path.read_text().replace(",", ";").replace(".", ","))
+def test_a_log_with_semicolons_is_one_line(write_log_b):
+    content = Path("runs/b/log.csv").read_text()
+    write_log_b(content.replace(",", ";").replace(".", ","))
     one_line(error_of("runs/a", "runs/b"), "runs/b/log.csv", "semicolons")
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "test_accuracy,seconds\n0.5\n", "x\nyes\n"])
-def test_what_is_no_log_is_one_line(content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_log(Path("runs/a"), 0.5, 0.9)
-    write_log(Path("runs/b"))
-    Path("runs/b/log.csv").write_text(content)
+def test_what_is_no_log_is_one_line(content, write_log_b):
+    write_log_b(content)
     one_line(error_of("runs/a", "runs/b"), "runs/b/log.csv", "not the log of a run")
     Path("runs/b/log.csv").unlink()
     Path("runs/b/model.pt").touch()
