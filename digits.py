@@ -27,12 +27,12 @@ LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are en
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
 BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gone, light remains
 WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
-NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, which isn't light ink
+NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, so that isn't taken for ink
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
-NOISE_RATIO = 20  # contrast over the median grain; most blank sheets reach less, faint ink 32
-FAINT = 0.3  # of the ink's contrast; a stroke has as much all along ...
-STRONG = 0.6  # of the ink's contrast; ... and as much as this somewhere
+NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
+FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
+STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
 EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
 EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
 CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
@@ -42,7 +42,7 @@ INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a
 GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
 DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
-HAT = 0.25  # of a digit's height; so far above the rest can the bar of a 5 stand
+HAT = 0.25  # of a digit's height; the bar of a 5 can be this far above the rest
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 
 
@@ -75,7 +75,7 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
 
 
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
-    """Return one page of an image file as it is shown, that is turned as its EXIF block says."""
+    """Return one page of an image file as it is shown: rotated as its EXIF data says."""
     with Image.open(source) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
@@ -142,13 +142,13 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     ink = dark_strokes(gray, WINDOW)
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
-    if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or covers half
+    if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
         raise ValueError("there is nothing in it")
     return (ink / contrast).clip(0, 1)
 
 
 def is_light_ink(gray: np.ndarray) -> bool:
-    """Return whether strokes are lighter than paper: by the third moment, as they stand out."""
+    """Return whether strokes are lighter than paper: by third moments, where strokes dominate."""
     gray = gray[::3, ::3]  # enough for a sum
     difference = gray - blurred(gray)
     dark = np.minimum(dark_strokes(gray, NARROW_WINDOW), (-difference).clip(0))
@@ -171,7 +171,7 @@ def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
 
 
 def contrast_of(ink: np.ndarray) -> float:
-    """Return how dark ink is where it is dark."""
+    """Return the median of ink that is at least half as dark as the darkest."""
     return np.median(ink[ink >= ink.max() / 2])
 
 

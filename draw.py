@@ -37,11 +37,11 @@ MAX_BYTES = 20_000_000  # of a picture
 ANYWHERE = ("0.0.0.0", "::")  # a host that means all of this machine's addresses
 EpsImagePlugin.gs_binary = False  # or Pillow would run Ghostscript on what a client sends
 ATTENTION = "orange is where the class token looks (attention, rolled out over the blocks)"
-GRADIENT = "orange speaks for the answer, blue against it (gradient of its logit times the pixels)"
+GRADIENT = "orange supports the answer, blue opposes it (gradient of its logit times the pixels)"
 
 
 class Refusal(Exception):
-    """A status other than 200, and one line that says why."""
+    """An error response: a status code, and one line that says why."""
 
 
 # ---------------------------------------------------------------------------- what the runs see
@@ -54,7 +54,7 @@ def load_runs(folders: list[Path], device: str) -> dict[str, look.Run]:
     for name, folder in zip(names, folders, strict=True):
         run = look.load_run(folder, None, device)
         run.model.requires_grad_(False)  # only pixels need a gradient
-        # For a few images, to turn all weights into bfloat16 takes longer than the products.
+        # For a few images, casting all weights to bfloat16 takes longer than the matmuls.
         run.model.precision = "float32"
         runs[name] = run
     return runs
@@ -66,11 +66,11 @@ def has_patches(run: look.Run) -> bool:
 
 
 def explain(run: look.Run, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities (N, 10) of images (N, 784), and what they rest on.
+    """Return probabilities (N, 10) for images (N, 784), and a heat map that explains each.
 
-    That is a heat map (N, rows, columns) from -1 to 1. A vit's is its class token's attention. The
-    others' is, for each pixel, the gradient of the winning logit times the pixel: to first order,
-    how much lower the logit would be if the pixel were dark.
+    The heat maps (N, rows, columns) go from -1 to 1. A vit's shows its class token's attention.
+    Another model's is, for each pixel, the gradient of the winning logit times the pixel: to first
+    order, how much lower the logit would be if the pixel were black.
     """
     pixels = (images.to(run.device) / 255).requires_grad_()
     logits = run.model(pixels)
@@ -98,7 +98,7 @@ def find(picture: bytes) -> list[Digit]:
 
 
 def ask(runs: dict[str, look.Run], digits: list[Digit]) -> list[dict]:
-    """Return for each digit what the page shows of it."""
+    """Return what the page shows for each digit."""
     shown = [{"box": d.box, "row": d.row, "pixels": d.pixels.tolist(), "runs": []} for d in digits]
     if not digits:
         return []
@@ -113,7 +113,7 @@ def ask(runs: dict[str, look.Run], digits: list[Digit]) -> list[dict]:
 
 # ---------------------------------------------------------------------------- the server
 class Server(ThreadingHTTPServer):
-    """Has a thread for each request, and one more, the worker, that does all the computing."""
+    """One thread per request, and a worker thread that does all the computing."""
 
     allow_reuse_port = False
 
@@ -124,7 +124,7 @@ class Server(ThreadingHTTPServer):
         self.host = self.server_address[0]  # "0", too, means 0.0.0.0
         self.names = {"localhost", "127.0.0.1", "[::1]", host, self.host, f"[{self.host}]"}
         self.runs = runs
-        # One core is enough. With more, torch would wait for those that a training run has.
+        # One core is enough. With more, torch would wait for cores that a training run is using.
         self.worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
     def url(self, host: str) -> str:
@@ -132,9 +132,9 @@ class Server(ThreadingHTTPServer):
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     def is_own_name(self, name: str) -> bool:
-        """Return whether a host's name, an IPv6 address in brackets, can only mean this server.
+        """Return whether a Host header's name (IPv6 in brackets) can only mean this server.
 
-        A page from elsewhere can have a name of its own point at this machine, but not a number.
+        Another site can point its own name at this machine (DNS rebinding), but not an address.
         """
         if name in self.names:
             return True
@@ -167,13 +167,13 @@ class Handler(BaseHTTPRequestHandler):
             raise  # the terminal gets the traceback, and the server goes on
 
     def check_sender(self) -> None:
-        """Refuse what pages from elsewhere send, under whatever name they know this machine."""
+        """Refuse requests from other sites' pages, whatever host name they use."""
         host = ", ".join(self.headers.get_all("Host", [])).lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^][:/@\s]+)(:\d+)?", host)
         if not match or not self.server.is_own_name(match[1]):
             raise Refusal(403, f"this isn't {host!r}: use the address that draw.py has printed")
         if self.headers.get("Origin", f"http://{host}").lower() != f"http://{host}":
-            raise Refusal(403, "pages from elsewhere get no answer")
+            raise Refusal(403, "requests from other sites' pages are refused")
 
     def get(self) -> tuple[str, bytes]:
         if self.path == "/":
@@ -198,16 +198,16 @@ class Handler(BaseHTTPRequestHandler):
         """Return what the client sends."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
-            raise Refusal(411, "a picture needs its Content-Length")
+            raise Refusal(411, "a picture needs a valid Content-Length header")
         if int(length) > MAX_BYTES:
-            raise Refusal(413, f"a picture may have {MAX_BYTES // 10**6} MB at most")
+            raise Refusal(413, f"a picture may be at most {MAX_BYTES // 10**6} MB")
         content = self.rfile.read(int(length))
         if len(content) < int(length):
             raise ConnectionError("the client has gone")
         return content
 
     def compute(self, function: Callable, *arguments):
-        """Return a function's result from the worker, which leaves out what nobody waits for."""
+        """Run a function in the worker and return its result; skip it if the client has gone."""
 
         def unless_gone():
             if self.is_gone():
@@ -235,14 +235,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send(code, "text/plain; charset=utf-8", f"{line}\n".encode())
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1)
-            for _ in range(1000):  # hear a sender out, or the connection breaks before it has read
+            for _ in range(1000):  # read what still comes, or a reset may discard the reply
                 if not self.connection.recv(1 << 16):
                     break
         except OSError:
             pass  # the client has gone
 
     def log_message(self, *arguments) -> None:
-        """Print no line for each request."""
+        """Don't log requests."""
 
 
 # ---------------------------------------------------------------------------- main
@@ -255,7 +255,7 @@ def open_server(host: str, port: int, runs: dict[str, look.Run]) -> Server:
             reason = error.strerror
             if error.errno != errno.EADDRINUSE:
                 break
-    raise SystemExit(f"draw.py: error: can't listen at {host}, port {port}: {reason}")
+    raise SystemExit(f"draw.py: error: can't listen on {host}, port {port}: {reason}")
 
 
 def own_address() -> str:
@@ -269,7 +269,7 @@ def own_address() -> str:
 
 
 def open_browser(url: str) -> None:
-    """Open the page where there is a browser with windows."""
+    """Open the page in a browser if there is a display."""
     has_windows = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if has_windows or sys.platform in ("darwin", "win32"):
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -283,9 +283,9 @@ def serve(server: Server, port: int, with_browser: bool) -> None:
     is_other = port not in (0, server.server_port)
     print(f"{url} (port {port} is taken)" if is_other else url)
     if server.host in ANYWHERE:
-        print(f"Anyone in your network can draw, too, at {server.url(own_address())}: no password,")
-        print("no encryption. They see the runs' names and answers, and no files.")
-    print("Ctrl-C ends it.", flush=True)
+        print(f"Anyone on your network can draw, too, at {server.url(own_address())}: no password,")
+        print("no encryption. They see the runs' names and answers, but no files.")
+    print("Press Ctrl-C to stop.", flush=True)
     if with_browser:
         open_browser(url)
     server.serve_forever()
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
-        parser.error(f"--port can't be {args.port}: it goes from 0 to 65535")
+        parser.error(f"--port must be from 0 to 65535, not {args.port}")
     folders = [folder.expanduser() for folder in args.runs] or [look.newest_run()]
     try:
         runs = load_runs(folders, args.device)

@@ -65,7 +65,7 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
         model.precision = script.choose_precision(config, device)
         model.depth = state["depth"]
     except (TypeError, RuntimeError, ValueError, LookupError, AttributeError) as error:
-        fail(f"{path} doesn't fit {name}.py: was that changed since? ({first_line(error)})")
+        fail(f"{path} doesn't fit {name}.py: has the script changed since? ({first_line(error)})")
     return Run(script, config, device, model.eval(), state)
 
 
@@ -76,7 +76,7 @@ def load_script(name: str, path: Path) -> ModuleType:
     script_path = HERE / f"{name}.py"
     if not script_path.exists():
         fail(f"{path} is from {name}.py, which is not beside look.py")
-    # To importlib.import_module, a name with a dot, such as mini_vit.v2, would be a package's.
+    # importlib.import_module would take a dotted name, such as mini_vit.v2, for a package's module.
     spec = importlib.util.spec_from_file_location(name, script_path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -104,7 +104,7 @@ def fail(message: str) -> NoReturn:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line with words in what an error says, or else its type."""
+    """Return the first non-blank line of an error's message, or else its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -112,7 +112,7 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------- attention
 @contextmanager
 def inputs_of_attention(model: nn.Module) -> Iterator[list]:
-    """Collect, while open, the attention module of each block and its input, as pairs."""
+    """While open, collect (attention module, input) of each block that runs."""
     seen = []
 
     def remember(module: nn.Module, args: tuple) -> None:
@@ -137,10 +137,10 @@ def attention_matrix(model: nn.Module, image: Tensor, block: int) -> Tensor:
 
 
 def rollout(model: nn.Module, images: Tensor) -> Tensor:
-    """Return how much a vit's class token has of each patch, (N, rows, columns).
+    """Return how much each patch contributes to a vit's class token, (N, rows, columns).
 
-    Through all blocks in use, attention averaged over the heads and the residual connection count
-    half each (Abnar and Zuidema 2020, arXiv:2005.00928).
+    This is attention rollout: in each block in use, attention averaged over the heads and the
+    residual connection count half each (Abnar and Zuidema 2020, arXiv:2005.00928).
     """
     with inputs_of_attention(model) as seen:
         model(images)
@@ -157,7 +157,7 @@ def rollout(model: nn.Module, images: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- report.png
 def new_figure(width: float, height: float):
-    """Return a matplotlib figure, in inches, whatever a notebook or a matplotlibrc has set."""
+    """Return a matplotlib figure, in inches, with no settings of a notebook or a matplotlibrc."""
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib
     from matplotlib.figure import Figure
@@ -193,7 +193,7 @@ def draw_curves(axes, log: list[dict]) -> None:
 
 
 def draw_confusion(axes, predicted: Tensor, labels: Tensor) -> None:
-    """Draw how often each digit was taken for which."""
+    """Draw the confusion matrix: how often each digit was predicted as which."""
     counts = torch.zeros(10, 10, dtype=torch.long)
     counts.index_put_((labels, predicted), torch.tensor(1), accumulate=True)
     axes.imshow(counts.float().log1p(), cmap="Blues")
@@ -316,7 +316,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the test accuracy of each run, by its log's rows, over its minutes of training."""
+    """Draw each run's test accuracy, from its log's rows, against minutes of training."""
     figure = new_figure(9, 5)
     axes = figure.subplots()
     for name, rows in logs.items():
@@ -370,10 +370,10 @@ def likeliest(probabilities: Tensor) -> str:
 def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
     """Print what the run says of each image file; return the exit status.
 
-    It is 1 if a file could not be read; the others are read.
+    It is 1 if any file could not be read; the others are still read.
     """
     sys.path.insert(0, str(HERE))
-    import digits  # only here: report.png needs nothing of what it imports
+    import digits  # here, because report.png must not need its dependencies
 
     status = 0
     for path in paths:
@@ -396,7 +396,7 @@ def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
 
 
 def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
-    """Print the number that several digits make, and the three likeliest labels of each digit."""
+    """Print the number, if there are several digits, and each digit's three likeliest labels."""
     logits = torch.cat([run.model(image[None].to(run.device)) for image in images])
     probabilities = logits.softmax(-1).cpu()
     if len(images) > 1:
@@ -411,7 +411,7 @@ def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
 
 
 def ordinal(place: int) -> str:
-    """Return how English calls a place, counted from 0."""
+    """Return the English ordinal for a place, counted from 0."""
     words = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
     return f"the {words[place]}" if place < len(words) else f"digit {place + 1}"
 
@@ -457,7 +457,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="look.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="run folders, then images; neither is a must"
+        "paths", nargs="*", metavar="PATH", help="run folders, then images; both optional"
     )
     parser.add_argument(
         "--show", action="store_true", help="write photo.digits.png: what was found in photo.jpg"

@@ -42,9 +42,9 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
-# Each field is also a flag, and its comment is the flag's help. So is a field that you add: an int,
-# float, bool or str.
-# Fields that are -1 get their value from one of these, once the device is known.
+# Each field of Config is also a flag, with its comment as the help text. This holds for fields that
+# you add, too: an int, float, bool or str.
+# A field of Config that is -1 takes its value from one of these, depending on the device.
 ON_CUDA = {
     "batch_size": 4096,
     "max_iters": 10000,
@@ -69,11 +69,11 @@ class Config:
     learning_rate: float = 1e-3  # AdamW's, at its peak; 5e-4 is safer with growth 0
     warmup_iters: int = 200  # optimizer steps until the peak; then a cosine falls to 0 at max_iters
     weight_decay: float = 0.3  # AdamW's, on matrices only
-    beta2: float = 0.98  # decay of AdamW's squared gradients; below 0.999, as runs are short
+    beta2: float = 0.98  # AdamW's second beta; below the usual 0.999 because runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    adversarial: float = -1  # how far pixels are moved to raise the loss; -1: 0.03 on CUDA, else 0
-    easy_share: float = 0.75  # share of each batch, with the smallest loss, that isn't trained on
+    adversarial: float = -1  # change in pixel values to raise the loss; -1: 0.03 on CUDA, else 0
+    easy_share: float = 0.75  # share of each batch to leave out: the images with the lowest loss
     rotation: float = 16.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.22  # augmentation: largest change of width and of height, as a share
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
@@ -85,13 +85,13 @@ class Config:
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
     first_layers: int = -1  # blocks in use at first; -1 is 4 on CUDA, 1 elsewhere
-    growth: float = -1  # later: n_layers * (step / max_iters) ** growth; -1: 24 on CUDA, else 60
-    seed: int = 1  # of weights, order of images and dropout
+    growth: float = -1  # then n_layers * (step / max_iters) ** growth; -1: 24 on CUDA, else 60
+    seed: int = 1  # random seed of weights, order of images, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; this default, if taken, gets -2, -3, ...
+    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; if the default is taken, -2, -3, ...
     subset: int = 0  # use only the first N images of each set; 0 is all
     holdout: int = 0  # hold out the last N training images, and test on those
 
@@ -165,7 +165,7 @@ def read_archive(name: str, config: Config) -> Tensor:
 def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     """Return the indices (batch_size,) of a step's images; steps count from 1.
 
-    They depend on seed and step alone, so a resumed run sees the images that it would have seen.
+    They depend on seed and step alone, so a resumed run sees the same images as an unbroken one.
     Each pass takes each image once; a batch may end one pass and begin the next.
     """
     begin = (step - 1) * config.batch_size  # images taken before, over all passes
@@ -187,11 +187,11 @@ def shuffled(n_images: int, n_pass: int, seed: int) -> Tensor:
 
 
 def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Return images (B, 784) uint8, each moved and bent at random.
+    """Return images (B, 784) uint8, each distorted at random.
 
-    Each is turned, slanted, scaled and shifted; the bending is an elastic deformation (Simard et
-    al. 2003) with 5 x 5 control points. The images may be on any device. The generator is the
-    CPU's, so that a run draws the same numbers everywhere.
+    Each is rotated, sheared, scaled, shifted and bent. The bending is an elastic deformation
+    (Simard et al. 2003) with 5 x 5 control points. The images may be on any device. The generator
+    is the CPU's, so that a run draws the same numbers on every device.
     """
     n_images = len(images)
 
@@ -222,7 +222,7 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 def warp_basis(device: torch.device) -> Tensor:
     """Return what each of a warp's 28 numbers does to each pixel, (784, 28).
 
-    Three numbers are an affine map of the pixel's place (x, y, 1), 25 move the control points.
+    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points.
     """
     identity = torch.eye(2, 3)[None]
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
@@ -232,14 +232,14 @@ def warp_basis(device: torch.device) -> Tensor:
 
 
 def augment_batch(images: Tensor, step: int, config: Config, rank: int) -> Tensor:
-    """Return this process's images of a step (B, 784) uint8, augmented."""
+    """Augment this process's images (B, 784) uint8 for a step."""
     generator = torch.Generator().manual_seed(hash((config.seed, step - 1, rank)))
     parts = images.split(256)  # 256 images stay in a core's cache
     return torch.cat([augment(part, config, generator) for part in parts])
 
 
 class AugmentedBatches(Dataset):
-    """Makes this process's share of whole batches, each of which depends on seed and step alone.
+    """Makes this process's share of each batch, which depends on seed, step and process alone.
 
     A batch is left in a slot, memory that the workers share with the training process.
     """
@@ -319,7 +319,7 @@ def sigchld_kept() -> Iterator[None]:
 def next_batch(batches: Iterator) -> int | None:
     """Return the next batch's slot; None at the end, or if a signal comes before the batch.
 
-    End after a minute without either.
+    Fail after a minute without either.
     """
     for _ in range(60):
         try:
@@ -346,11 +346,11 @@ def leave_group(worker: int) -> None:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process has, within its affinity, container and torchrun."""
+    """Return how many cores this process may use, given its affinity, container and torchrun."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # of a container; "max" is no number, and means no limit
+    with suppress(OSError, ValueError):  # the container's quota; "max" (no limit) isn't a number
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -373,9 +373,9 @@ class Transformer(nn.Module):
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        """Draw the weights as GPT-2 does; what a block adds to the residual stream starts smaller.
+        """Initialize as in GPT-2: layers that write to the residual stream start smaller.
 
-        LayerNorms start as they are, with weights of 1.
+        LayerNorms keep their default weights of 1.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "ff.2.weight")):  # a block's outputs
@@ -435,7 +435,7 @@ class MultiHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width 1 would need none
+        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width**-0.5 would be 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -466,8 +466,8 @@ def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class RankOneAttention(torch.autograd.Function):
     """sum_j softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
 
-    The scores of tokens of width 1 are an outer product. With E_ij = exp(t_i k_j - max_j t_i k_j),
-    n = sum_j E_ij, P = E / n, the output o = Pv and its gradient do:
+    The scores of width-1 tokens are an outer product. Let E_ij = exp(t_i k_j - max_j t_i k_j),
+    n = sum_j E_ij and P = E / n. The output is o = Pv. Given its gradient do, the others are:
 
         dt = do * (P(v * k) - o * Pk)
         dv = E^T g and dk = v * E^T(g * t) - E^T(g * o * t), where g = do / n
@@ -495,7 +495,7 @@ class RankOneAttention(torch.autograd.Function):
 
 
 def sums_on_gpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
-    """Return sum_j E_ij c_j or, not over keys, sum_i E_ij c_i of each column c (B, n_head, d_head).
+    """For each column c (B, n_head, d_head), return sum_j E_ij c_j, or sum_i if not over_keys.
 
     torch.compile fuses all of it, so E (B, n_head, d_head, d_head) never reaches memory.
     """
@@ -537,7 +537,7 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Return the mean cross-entropy and the probabilities (N, 10), in eval mode.
 
-    Each of the N images is counted once; the model is left in the mode in which it was.
+    Each of the N images is counted once; the model keeps its mode.
     """
     was_training = model.training
     model.eval()
@@ -551,7 +551,7 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
     Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters are
-    both at the peak. The decay, if there is time for one, ends at 0 with the last step.
+    both at the peak. If any steps remain for the decay, it ends at 0 on the last one.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -561,10 +561,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: few for most of a run, then ever more.
+    """Return how many blocks a step uses: few for most of a run, then more and more.
 
-    A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little: the
+    A shallow network learns faster and costs less. The larger growth is, the later the others join:
+    with 32, the third of 16 blocks joins after 94 % of the run. That late, they change little: the
     first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
@@ -575,7 +575,7 @@ def blocks_in_use(step: int, config: Config) -> int:
 def hardest(
     model: nn.Module, images: Tensor, labels: Tensor, easy_share: float
 ) -> tuple[Tensor, Tensor]:
-    """Return images and labels without the share whose loss is smallest.
+    """Return the images and labels without the easy_share that has the lowest loss.
 
     Most images soon teach nothing more (ordered SGD: Kawaguchi and Lu 2020), and looking at one
     takes a third of the time of training on it.
@@ -590,7 +590,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on, but drops other features than in the pass that trains.
+    arXiv:1412.6572). Dropout is on, but drops different features than in the training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -652,7 +652,7 @@ class Trainer:
         """
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:  # only on these, so the loss is above an evaluation's
+        if self.config.adversarial:  # on these alone, so the loss is above an evaluation's
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -676,7 +676,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict() returned."""
+        """Continue from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
         optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
         optimizer_state["state"] = state["optimizer"]
@@ -702,7 +702,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     if checkpoint:
         with explained(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
             trainer.load_state_dict(checkpoint)
-        say(f"going on with {config.out_dir} from step {trainer.step}")
+        say(f"resuming {config.out_dir} from step {trainer.step}")
     compile_blocks(trainer.model, config, device)
     say_what_trains(trainer)
     batches = training_batches(
@@ -754,10 +754,10 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         if finished:
             print_results(probabilities.cpu(), test_labels.cpu(), config)
         else:
-            say(f"stopped; to go on: {resume_command(config, world)}")
+            say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)  # batches may end at a signal
+    return 0 if finished else 128 + max(stop_number, stop.number)  # a signal can end batches early
 
 
 # ---------------------------------------------------------------- results
@@ -808,7 +808,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE are a cluster's and mean nothing
+    if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE come from a cluster; ignore them
         rank = int(os.environ["RANK"])
         world = int(os.environ["WORLD_SIZE"])
         if name.startswith("cuda"):
@@ -832,7 +832,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: to get it anew costs page faults."""
+    """Have glibc keep freed memory for the next step: getting it back would cost page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -859,17 +859,17 @@ def compile_blocks(model: Transformer, config: Config, device: torch.device) -> 
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:
-        say(f"going on without torch.compile, which can't work here: {first_line(error)}")
+        say(f"continuing without torch.compile, which doesn't work here: {first_line(error)}")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def in_parallel(model: Transformer, world: int) -> nn.Module:
-    """Return the model such that the gradients of all processes are averaged."""
+    """Return the model wrapped to average gradients over all processes."""
     if world == 1:
         return model
-    some_unused = model.depth < len(model.blocks)  # those get no gradient: DDP must not wait for it
+    some_unused = model.depth < len(model.blocks)  # DDP must not wait for their gradients
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=some_unused)
 
 
@@ -883,7 +883,7 @@ class RecordedUpdate:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls <= 3:  # usual steps first: they compile, and make AdamW's averages
+        if self.calls <= 3:  # ordinary steps first: they compile, and create AdamW's state
             return self.update(images, labels)
         if self.graph is None:
             self.record(images, labels)
@@ -926,7 +926,7 @@ def say_what_trains(trainer: Trainer) -> None:
 
 # ---------------------------------------------------------------- files
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file so that neither a reader nor a crash ever meets half of it.
+    """Write a file with `write`, such that no reader sees, and no crash leaves, half of it.
 
     The folder is made again if it has gone. Raise OSError if the file can't be written.
     """
@@ -994,7 +994,7 @@ def write_log(log: list[dict], path: Path) -> None:
 def new_folder(config: Config) -> Path:
     """Make a folder for a new run, note it in config.out_dir, and return it.
 
-    It is out_dir or, where that is the default and holds a run, the next free -2, -3, ...
+    It is out_dir or, if that is the default and already holds a run, the next free -2, -3, ...
     """
     wanted = config.out_dir
     for n in range(1, 10_000):
@@ -1010,11 +1010,11 @@ def new_folder(config: Config) -> Path:
                 if wanted != Config.out_dir:
                     fail(f"{folder} holds a run: add --resume, or choose another --out_dir")
         say(f"{folder} holds a run; trying the next")
-    fail(f"{wanted} and the folders -2 to -9999 beside it hold runs")
+    fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
 
 
 def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
-    """Return the config and the state of the run in a folder; flags that were given come first."""
+    """Return the config and state of the run in a folder; given flags override its config."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         missing = "it is finished" if (folder / "model.pt").exists() else f"there is no {path}"
@@ -1036,17 +1036,17 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
         if getattr(config, name) != getattr(saved, name):
             fail(f"--{name} can't change on --resume: {path} has {getattr(saved, name)}")
     if step >= config.max_iters:
-        fail(f"{path} has {step} steps already: raise --max_iters")
+        fail(f"{path} is already at step {step}: raise --max_iters")
     return config, state
 
 
-# What changes neither the network nor its data.
+# Flags that may change on --resume: they affect neither the network nor its data.
 MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
 MAY_CHANGE.add("num_workers")
 
 
 def resume_command(config: Config, world: int) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
     path = sys.argv[0] if Path(sys.argv[0]).name == FILE.name else FILE.name
     return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
@@ -1068,7 +1068,7 @@ def remembered_folder() -> str | None:
 
 
 def fresh_store() -> dist.Store | None:
-    """Return a store without what processes of an earlier start have left in torchrun's."""
+    """Return torchrun's store without the entries that an earlier start's processes left in it."""
     store = torchrun_store()
     if not store:
         return None
@@ -1090,9 +1090,9 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """A signal that asks training to stop after its step; a second one ends the process at once.
+    """A signal to stop training after the current step; a second one ends the process at once.
 
-    They are Ctrl-C, SIGTERM, a terminal that closes, and a cluster's warnings. One that was ignored
+    These are Ctrl-C, SIGTERM, a closed terminal's and a cluster's warnings. One that was ignored
     when the script started (by nohup, say) stays ignored.
     """
 
@@ -1151,7 +1151,7 @@ class Stop:
 
 
 class Stopwatch:
-    """Measures training, without the time for which the process was suspended (Ctrl-Z)."""
+    """Measures training time, excluding time spent suspended (Ctrl-Z)."""
 
     def restart(self) -> float:
         self.last = time.perf_counter()
@@ -1176,7 +1176,7 @@ ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 
 
 def say(text: str) -> None:
-    """Print a line. One that can't be printed ends no run, but a closed pipe stops it."""
+    """Print a line. If that fails, the run goes on; only a closed pipe stops it."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -1188,7 +1188,7 @@ def say(text: str) -> None:
 
 
 def prepare_output() -> None:
-    """Give missing streams a place to go, and have letters escaped that a terminal can't show."""
+    """Replace missing streams, and escape characters that a terminal can't show."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -1209,7 +1209,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def explained(message: str, pattern: str = "") -> Iterator[None]:
-    """Turn an error whose text matches the pattern into one line: the message, and what it says."""
+    """If an error matches the pattern, fail with one line: the message, then the error's own."""
     try:
         yield
     except Exception as error:
@@ -1232,7 +1232,7 @@ def parse_flags(argv: list[str] | None) -> dict:
         const="must",
         default="no",
         choices=("must", "auto"),
-        help="continue the run in out_dir; with auto, start it there if there is none",
+        help="continue the run in out_dir; with auto, start one if there is none",
     )
     for f in fields(Config):
         text = f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip()
@@ -1251,7 +1251,7 @@ def parse_flags(argv: list[str] | None) -> dict:
 
 
 def start(given: dict) -> int:
-    """Train as the flags say: a new run, or the one in out_dir; return the exit status."""
+    """Start a new run or resume one, as the flags say; return the exit status."""
     resume = given.pop("resume")
     folder = remembered_folder()
     if folder:
@@ -1278,7 +1278,7 @@ def main(argv: list[str] | None = None) -> int:
         with stop, explained("out of memory: lower batch_size", out_of_memory):
             return start(given)
     except KeyboardInterrupt:
-        say("stopped at once; to go on from the last checkpoint: --resume")
+        say("stopped at once; to continue from the last checkpoint: --resume")
         return 130
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|remote process exited", str(error)):

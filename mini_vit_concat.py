@@ -1,4 +1,4 @@
-"""mini-ViT, concatenated: every block sees the original image again, beside the last one's output.
+"""mini-ViT, concatenated: every block sees the image again, beside the previous block's output.
 
     python mini_vit_concat.py             # train; flags and torchrun as in mini_vit.py
     diff mini_vit.py mini_vit_concat.py   # the experiment
@@ -41,8 +41,8 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
-# Each field is also a flag, and its comment is the flag's help. So is a field that you add: an int,
-# float, bool or str.
+# Each field of Config is also a flag, with its comment as the help text. This holds for fields that
+# you add, too: an int, float, bool or str.
 @dataclass
 class Config:
     batch_size: int = 256  # images per optimizer step; lower it if memory runs out
@@ -51,22 +51,22 @@ class Config:
     learning_rate: float = 5e-4  # AdamW's, at its peak
     warmup_iters: int = 200  # optimizer steps until the peak; then a cosine falls to 0 at max_iters
     weight_decay: float = 0.05  # AdamW's, on matrices only
-    beta2: float = 0.98  # decay of AdamW's squared gradients; below 0.999, as runs are short
+    beta2: float = 0.98  # AdamW's second beta; below the usual 0.999 because runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.1  # after attention and after feed-forward, in every block
-    adversarial: float = 0.1  # how far pixels (black 0, white 1) are moved to raise the loss
+    adversarial: float = 0.1  # change in each pixel's value (black 0, white 1) to raise the loss
     n_head: int = 16  # attention heads; n_head * d_head must be n_embd
     d_head: int = 98  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 1568  # features of an image, of which the last 784 are its pixels; above 784
     n_layers: int = 16  # blocks
     first_layers: int = 2  # blocks in use at first
-    growth: float = 32.0  # then n_layers * (step / max_iters) ** growth; 0: all from the start
-    seed: int = 1  # of weights, order of images and dropout
+    growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth; 0: always all
+    seed: int = 1  # random seed of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
     compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; this default, if taken, gets -2, -3, ...
+    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; if the default is taken, -2, -3, ...
     subset: int = 0  # use only the first N images of each set; 0 is all
     holdout: int = 0  # hold out the last N training images, and test on those
 
@@ -133,7 +133,7 @@ def read_archive(name: str, config: Config) -> Tensor:
 def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     """Return the indices (batch_size,) of a step's images; steps count from 1.
 
-    They depend on seed and step alone, so a resumed run sees the images that it would have seen.
+    They depend on seed and step alone, so a resumed run sees the same images as an unbroken one.
     Each pass takes each image once; a batch may end one pass and begin the next.
     """
     begin = (step - 1) * config.batch_size  # images taken before, over all passes
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width = config.n_embd - 784  # of what is beside the image
+        width = config.n_embd - 784  # of the part that isn't the image
         self.embed = nn.Linear(784, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.reduce = nn.ModuleList(nn.Linear(config.n_embd, width) for _ in range(config.n_layers))
@@ -183,9 +183,9 @@ class Transformer(nn.Module):
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        """Draw the weights as GPT-2 does; what a block adds to the residual stream starts smaller.
+        """Initialize as in GPT-2: layers that write to the residual stream start smaller.
 
-        LayerNorms start as they are, with weights of 1.
+        LayerNorms keep their default weights of 1.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "ff.2.weight")):  # a block's outputs
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for reduce in self.reduce:
-            nn.init.eye_(reduce.weight)  # a new block begins by passing on what it gets
+            nn.init.eye_(reduce.weight)  # at first, a new block passes its input through
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 10) of images (B, 784): uint8, or floats for which white is 1."""
@@ -248,7 +248,7 @@ class MultiHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width 1 would need none
+        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width**-0.5 would be 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -279,8 +279,8 @@ def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 class RankOneAttention(torch.autograd.Function):
     """sum_j softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
 
-    The scores of tokens of width 1 are an outer product. With E_ij = exp(t_i k_j - max_j t_i k_j),
-    n = sum_j E_ij, P = E / n, the output o = Pv and its gradient do:
+    The scores of width-1 tokens are an outer product. Let E_ij = exp(t_i k_j - max_j t_i k_j),
+    n = sum_j E_ij and P = E / n. The output is o = Pv. Given its gradient do, the others are:
 
         dt = do * (P(v * k) - o * Pk)
         dv = E^T g and dk = v * E^T(g * t) - E^T(g * o * t), where g = do / n
@@ -308,7 +308,7 @@ class RankOneAttention(torch.autograd.Function):
 
 
 def sums_on_gpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
-    """Return sum_j E_ij c_j or, not over keys, sum_i E_ij c_i of each column c (B, n_head, d_head).
+    """For each column c (B, n_head, d_head), return sum_j E_ij c_j, or sum_i if not over_keys.
 
     torch.compile fuses all of it, so E (B, n_head, d_head, d_head) never reaches memory.
     """
@@ -350,7 +350,7 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Return the mean cross-entropy and the probabilities (N, 10), in eval mode.
 
-    Each of the N images is counted once; the model is left in the mode in which it was.
+    Each of the N images is counted once; the model keeps its mode.
     """
     was_training = model.training
     model.eval()
@@ -364,7 +364,7 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
     Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters are
-    both at the peak. The decay, if there is time for one, ends at 0 with the last step.
+    both at the peak. If any steps remain for the decay, it ends at 0 on the last one.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -374,10 +374,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: few for most of a run, then ever more.
+    """Return how many blocks a step uses: few for most of a run, then more and more.
 
-    A shallow network learns faster, and costs less. The larger growth is, the later others join:
-    with 32, the third of 16 blocks is added after 94 % of the run. So late, they change little: the
+    A shallow network learns faster and costs less. The larger growth is, the later the others join:
+    with 32, the third of 16 blocks joins after 94 % of the run. That late, they change little: the
     first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
@@ -388,7 +388,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on, but drops other features than in the pass that trains.
+    arXiv:1412.6572). Dropout is on, but drops different features than in the training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -448,7 +448,7 @@ class Trainer:
         The loss is nan if the gradient is not finite. A GPU records this method once and replays
         it (RecordedUpdate), so it must not print or read values.
         """
-        if self.config.adversarial:  # only on these, so the loss is above an evaluation's
+        if self.config.adversarial:  # on these alone, so the loss is above an evaluation's
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -472,7 +472,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict() returned."""
+        """Continue from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
         optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
         optimizer_state["state"] = state["optimizer"]
@@ -498,7 +498,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     if checkpoint:
         with explained(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
             trainer.load_state_dict(checkpoint)
-        say(f"going on with {config.out_dir} from step {trainer.step}")
+        say(f"resuming {config.out_dir} from step {trainer.step}")
     compile_blocks(trainer.model, config, device)
     say_what_trains(trainer)
     batches = training_batches(
@@ -550,10 +550,10 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         if finished:
             print_results(probabilities.cpu(), test_labels.cpu(), config)
         else:
-            say(f"stopped; to go on: {resume_command(config, world)}")
+            say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)  # batches may end at a signal
+    return 0 if finished else 128 + max(stop_number, stop.number)  # a signal can end batches early
 
 
 # ---------------------------------------------------------------- results
@@ -604,7 +604,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE are a cluster's and mean nothing
+    if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE come from a cluster; ignore them
         rank = int(os.environ["RANK"])
         world = int(os.environ["WORLD_SIZE"])
         if name.startswith("cuda"):
@@ -628,7 +628,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: to get it anew costs page faults."""
+    """Have glibc keep freed memory for the next step: getting it back would cost page faults."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -655,17 +655,17 @@ def compile_blocks(model: Transformer, config: Config, device: torch.device) -> 
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:
-        say(f"going on without torch.compile, which can't work here: {first_line(error)}")
+        say(f"continuing without torch.compile, which doesn't work here: {first_line(error)}")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
 
 
 def in_parallel(model: Transformer, world: int) -> nn.Module:
-    """Return the model such that the gradients of all processes are averaged."""
+    """Return the model wrapped to average gradients over all processes."""
     if world == 1:
         return model
-    some_unused = model.depth < len(model.blocks)  # those get no gradient: DDP must not wait for it
+    some_unused = model.depth < len(model.blocks)  # DDP must not wait for their gradients
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=some_unused)
 
 
@@ -679,7 +679,7 @@ class RecordedUpdate:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls <= 3:  # usual steps first: they compile, and make AdamW's averages
+        if self.calls <= 3:  # ordinary steps first: they compile, and create AdamW's state
             return self.update(images, labels)
         if self.graph is None:
             self.record(images, labels)
@@ -722,7 +722,7 @@ def say_what_trains(trainer: Trainer) -> None:
 
 # ---------------------------------------------------------------- files
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` make a file so that neither a reader nor a crash ever meets half of it.
+    """Write a file with `write`, such that no reader sees, and no crash leaves, half of it.
 
     The folder is made again if it has gone. Raise OSError if the file can't be written.
     """
@@ -790,7 +790,7 @@ def write_log(log: list[dict], path: Path) -> None:
 def new_folder(config: Config) -> Path:
     """Make a folder for a new run, note it in config.out_dir, and return it.
 
-    It is out_dir or, where that is the default and holds a run, the next free -2, -3, ...
+    It is out_dir or, if that is the default and already holds a run, the next free -2, -3, ...
     """
     wanted = config.out_dir
     for n in range(1, 10_000):
@@ -806,11 +806,11 @@ def new_folder(config: Config) -> Path:
                 if wanted != Config.out_dir:
                     fail(f"{folder} holds a run: add --resume, or choose another --out_dir")
         say(f"{folder} holds a run; trying the next")
-    fail(f"{wanted} and the folders -2 to -9999 beside it hold runs")
+    fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
 
 
 def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
-    """Return the config and the state of the run in a folder; flags that were given come first."""
+    """Return the config and state of the run in a folder; given flags override its config."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         missing = "it is finished" if (folder / "model.pt").exists() else f"there is no {path}"
@@ -832,16 +832,16 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
         if getattr(config, name) != getattr(saved, name):
             fail(f"--{name} can't change on --resume: {path} has {getattr(saved, name)}")
     if step >= config.max_iters:
-        fail(f"{path} has {step} steps already: raise --max_iters")
+        fail(f"{path} is already at step {step}: raise --max_iters")
     return config, state
 
 
-# What changes neither the network nor its data.
+# Flags that may change on --resume: they affect neither the network nor its data.
 MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
 
 
 def resume_command(config: Config, world: int) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
     path = sys.argv[0] if Path(sys.argv[0]).name == FILE.name else FILE.name
     return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
@@ -863,7 +863,7 @@ def remembered_folder() -> str | None:
 
 
 def fresh_store() -> dist.Store | None:
-    """Return a store without what processes of an earlier start have left in torchrun's."""
+    """Return torchrun's store without the entries that an earlier start's processes left in it."""
     store = torchrun_store()
     if not store:
         return None
@@ -885,9 +885,9 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """A signal that asks training to stop after its step; a second one ends the process at once.
+    """A signal to stop training after the current step; a second one ends the process at once.
 
-    They are Ctrl-C, SIGTERM, a terminal that closes, and a cluster's warnings. One that was ignored
+    These are Ctrl-C, SIGTERM, a closed terminal's and a cluster's warnings. One that was ignored
     when the script started (by nohup, say) stays ignored.
     """
 
@@ -946,7 +946,7 @@ class Stop:
 
 
 class Stopwatch:
-    """Measures training, without the time for which the process was suspended (Ctrl-Z)."""
+    """Measures training time, excluding time spent suspended (Ctrl-Z)."""
 
     def restart(self) -> float:
         self.last = time.perf_counter()
@@ -971,7 +971,7 @@ ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
 
 
 def say(text: str) -> None:
-    """Print a line. One that can't be printed ends no run, but a closed pipe stops it."""
+    """Print a line. If that fails, the run goes on; only a closed pipe stops it."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -983,7 +983,7 @@ def say(text: str) -> None:
 
 
 def prepare_output() -> None:
-    """Give missing streams a place to go, and have letters escaped that a terminal can't show."""
+    """Replace missing streams, and escape characters that a terminal can't show."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -1004,7 +1004,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def explained(message: str, pattern: str = "") -> Iterator[None]:
-    """Turn an error whose text matches the pattern into one line: the message, and what it says."""
+    """If an error matches the pattern, fail with one line: the message, then the error's own."""
     try:
         yield
     except Exception as error:
@@ -1027,7 +1027,7 @@ def parse_flags(argv: list[str] | None) -> dict:
         const="must",
         default="no",
         choices=("must", "auto"),
-        help="continue the run in out_dir; with auto, start it there if there is none",
+        help="continue the run in out_dir; with auto, start one if there is none",
     )
     for f in fields(Config):
         text = f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip()
@@ -1046,7 +1046,7 @@ def parse_flags(argv: list[str] | None) -> dict:
 
 
 def start(given: dict) -> int:
-    """Train as the flags say: a new run, or the one in out_dir; return the exit status."""
+    """Start a new run or resume one, as the flags say; return the exit status."""
     resume = given.pop("resume")
     folder = remembered_folder()
     if folder:
@@ -1073,7 +1073,7 @@ def main(argv: list[str] | None = None) -> int:
         with stop, explained("out of memory: lower batch_size", out_of_memory):
             return start(given)
     except KeyboardInterrupt:
-        say("stopped at once; to go on from the last checkpoint: --resume")
+        say("stopped at once; to continue from the last checkpoint: --resume")
         return 130
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|remote process exited", str(error)):

@@ -4,9 +4,9 @@
     python tests/ablations.py --script vit   # vit.py
     python tests/ablations.py --quick        # every row for a few steps, to see that it works
 
-Each run tests on the last 10,000 training images, which are held out. It has one core, and a folder
-below runs/ablations/. Ctrl-C stops; the same command goes on, and what is finished is not run
-again: delete that folder when you change a row.
+Each run tests on the last 10,000 training images, which are held out. It uses one core,
+and a folder under runs/ablations/. Ctrl-C stops; the same command resumes, and skips finished runs:
+delete their folders when you change a row.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def no_attention(script: ModuleType) -> None:
 
 
 def change_model(script: ModuleType, change: Callable[[nn.Module], None]) -> None:
-    """Have each new Transformer changed in place."""
+    """Change each new Transformer in place."""
     original = script.Transformer
 
     def transformer(config):
@@ -63,7 +63,7 @@ def no_positions(script: ModuleType) -> None:
 def mean_of_tokens(script: ModuleType) -> None:
     """Have a vit's head see the mean of all tokens.
 
-    Without attention, the class token, which it sees otherwise, knows nothing of any patch.
+    Usually it gets the class token, which without attention knows nothing of any patch.
     """
 
     def average(block: nn.Module, inputs: tuple, x: Tensor) -> Tensor:  # (B, 1 + patches, n_embd)
@@ -76,7 +76,7 @@ def mean_of_tokens(script: ModuleType) -> None:
 
 
 def mean_without_attention(script: ModuleType) -> None:
-    """Have each patch go its own way until the mean of all tokens."""
+    """Process each patch on its own, without attention, until the mean of all tokens."""
     no_attention(script)
     mean_of_tokens(script)
 
@@ -135,7 +135,7 @@ QUICK = "--subset 256 --holdout 64 --batch_size 32 --max_iters 4 --eval_interval
 
 # ---------------------------------------------------------------- runs
 def train(name: str, row: str, seed: int, folder: Path, quick: bool) -> None:
-    """Train one run to its end, or go on with it, in this process; exit with its status."""
+    """Train or resume one run in this process, to its end; exit with its status."""
     script = importlib.import_module(name)
     change = ROWS[name][row]
     flags = f"--resume=auto --device cpu --holdout 10000 --seed {seed} {FLAGS[name]}"
@@ -173,14 +173,14 @@ def run(name: str, row: str, seed: int, folder: Path, quick: bool) -> dict[str, 
 
 
 def stop_on_signals(pool: ThreadPoolExecutor) -> None:
-    """On Ctrl-C or SIGTERM, have the runs save and end, and then end."""
+    """On Ctrl-C or SIGTERM, let the runs save and end, then exit."""
 
     def stop(number: int, frame) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
             process.join()
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, stop)
@@ -197,7 +197,7 @@ def spread(values: list[float]) -> str:
 
 
 def print_row(row: str, logs: list[dict[str, float]]) -> None:
-    """Print a row of the table: its logs' last rows, of one seed each, summed up."""
+    """Print a row of the table: a summary of its logs' last rows, one for each seed."""
     accuracies = [log["test_accuracy"] for log in logs]
     each = ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
     loss = statistics.mean(log["test_loss"] for log in logs)
@@ -209,7 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--script", default="mini_vit", choices=ROWS)
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help='only those that begin so: --rows "as it" "no att"'
+        "--rows", nargs="+", default=[""], help='rows by prefix: --rows "as it" "no att"'
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this (default: 3)")
     parser.add_argument(

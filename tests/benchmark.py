@@ -136,9 +136,9 @@ class Remote:
 
 
 def measure(model: str, args: argparse.Namespace, **shape) -> dict[str, dict]:
-    """Return what each variant is and takes.
+    """Return the measurements of each variant.
 
-    It has a name, ms per image, GFLOP/s, the peak memory in GB, and ms per image in evaluation.
+    They are its name, ms per image, GFLOP/s, the peak memory in GB, and ms per image in evaluation.
     """
     remotes = {variant: Remote(model, variant, args, **shape) for variant in args.variants}
     for remote in remotes.values():

@@ -14,7 +14,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small models want one thread
 import torch
 
-# In the background or under nohup, these are ignored, and what the tests start would ignore them.
+# In the background or under nohup these are ignored, and processes the tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -185,7 +185,7 @@ def one_line(result, *words) -> None:
 
 
 def small_config(module, **changes):
-    """Return the Config of a model of seconds, in float32."""
+    """Return the Config of a model that trains in seconds, in float32."""
     return module.Config(**SHAPES[module.__name__] | {"precision": "float32"} | changes)
 
 

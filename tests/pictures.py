@@ -178,7 +178,7 @@ NUMBERS = (
     "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising "
     "two_rows three_rows rising_rows column telephone date cells circled underlined coloured"
 ).split()
-LENGTHS = {  # the fewest and the most digits of a line; of kinds that are not here, 2 and 8
+LENGTHS = {  # the fewest and the most digits in a line; (2, 8) for kinds not listed
     "two_digits": (2, 2),
     "long_row": (10, 12),
     "column": (3, 5),
@@ -203,10 +203,10 @@ def trimmed(ink: np.ndarray) -> np.ndarray:
 
 
 def glyph(digit: np.ndarray, height: int, kind: str, slant: float) -> np.ndarray:
-    """Return a digit's ink about as high as said, with the pen and the slant of a kind."""
+    """Return a digit's ink, about this high, with a slant and with the pen of this kind."""
     size = round(1.4 * height)  # a digit fills 20 of MNIST's 28 pixels
     ink = enlarged(digit, size)
-    if kind == "thin_pen":  # the middle lines are found where there are pixels enough
+    if kind == "thin_pen":  # finding the middle lines needs a large image
         large = Image.fromarray(thinned(digit, 4 * size, 14))
         ink = np.array(large.resize((size, size), Image.Resampling.BOX))
     if kind == "thick_pen":

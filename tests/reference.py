@@ -55,7 +55,7 @@ class HeadByHead(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """MultiHead without attention: o = v. What it costs, the matrix products cost."""
+    """MultiHead without attention: o = v. All that it costs is its matrix products."""
 
     def __init__(self, config):
         super().__init__()

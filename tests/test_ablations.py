@@ -112,7 +112,7 @@ def test_it_stops_goes_on_and_prints_a_table(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "stopped; the same command goes on\n"
+    assert err == "stopped; the same command resumes\n"
     first_half = finished(tmp_path)
     assert len(first_half) < len(ablations.ROWS["vit"])
 

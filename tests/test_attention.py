@@ -101,7 +101,7 @@ def test_gradcheck(d_head):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("n_images", [3, 700])  # of 700, sums_on_cpu makes several parts
+@pytest.mark.parametrize("n_images", [3, 700])  # sums_on_cpu splits 700 into several parts
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 @pytest.mark.parametrize("over_keys", [True, False])
 def test_sums_on_a_gpu_are_the_sums_on_a_cpu(over_keys, size, n_images, device):

@@ -133,7 +133,7 @@ def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
     process.wait()
     time.sleep(1)
     states = [Path(f"/proc/{pid}/stat") for pid in workers if os.path.exists(f"/proc/{pid}")]
-    # Gone, but for who should collect them.
+    # Gone, or zombies that nobody has reaped.
     assert all(state.read_text().split()[2] == "Z" for state in states)
 
 

@@ -112,7 +112,7 @@ def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
 
 @pytest.mark.slow
 def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
-    """The picture is larger than what digits.py works on, and of another form."""
+    """The picture is larger than what digits.py works on, and its aspect ratio differs."""
     _, images, _ = trained
     page = np.zeros((1000, 1800), np.uint8)
     places = [(90, 200), (100, 1200), (600, 250), (590, 1300)]
@@ -128,7 +128,7 @@ def test_boxes_and_rows_say_where_digits_stand(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_picture_is_turned_as_its_exif_block_says(trained, tmp_path):
-    """What open_picture returns is what boxes are measured in."""
+    """Boxes are in pixels of the picture that open_picture returns."""
     model, images, labels = trained
     picture = draw(images[0], "photograph", random.Random(1))
     exif = Image.Exif()

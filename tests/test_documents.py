@@ -1,4 +1,4 @@
-"""What README, RESULTS and the docstrings say twice is the same."""
+"""Numbers that README, RESULTS and the docstrings repeat must agree."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ACCURACY = r"\d\d\.\d\d(?: ± \d\.\d\d)? %"
 
 
 def table(text: str, first_cells: str) -> list[dict[str, str]]:
-    """Return the rows of the table whose header begins so, each by the header's cells."""
+    """Return one dict per row, keyed by header, of the table whose header begins with these."""
     lines = text[text.index(f"| {first_cells} |") :].split("\n\n")[0].splitlines()
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return [dict(zip(header, row, strict=True)) for row in rows]
@@ -32,7 +32,7 @@ ON_GPU = by_script(table(RESULTS, "on the H200 | parameters"), "on the H200")
 
 
 def accuracy(row: dict) -> str:
-    """Return what RESULTS says of all seeds or, if there is one only, of that."""
+    """Return the mean over seeds as RESULTS gives it or, of a single seed, its accuracy."""
     return row["mean"] or row["each seed"]
 
 

@@ -71,7 +71,7 @@ def runs(folders) -> dict:
 
 @pytest.fixture(scope="session")
 def known(runs) -> tuple[torch.Tensor, list[int]]:
-    """Test images that both runs are sure of, and rightly, and their labels."""
+    """Test images that both runs get right with confidence, and their labels."""
     *_, images, labels = mini_vit.load_mnist(mini_vit.Config(data_dir=str(ROOT / "data")))
     images, labels = images[:400], labels[:400]
     right = torch.ones(400, dtype=torch.bool)
@@ -233,7 +233,7 @@ def test_what_can_not_be_read_is_one_line(server, known):
 
 
 def test_no_other_program_sees_a_picture(server, tmp_path, monkeypatch):
-    """Pillow has PostScript drawn by Ghostscript, where that is installed."""
+    """Pillow would have Ghostscript, if installed, render PostScript."""
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ghostscript.chmod(0o755)
@@ -299,7 +299,7 @@ def test_a_run_that_fails_is_one_line_and_a_traceback(server, known, monkeypatch
 
 # ---------------------------------------------------------------------------- the command
 def hear_ctrl_c() -> None:
-    """Undo what a shell does for commands in the background."""
+    """Restore Ctrl-C, which a shell disables for background commands."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -348,7 +348,7 @@ def test_the_network_gets_in_only_by_a_flag_that_says_so(start_draw, folders):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == ""
     assert lines[0].startswith("http://127.0.0.1:") and "(" not in lines[0]
-    assert "Anyone in your network" in lines[1] and "no password" in lines[1]
+    assert "Anyone on your network" in lines[1] and "no password" in lines[1]
 
 
 def test_errors_are_one_line(tmp_path, folders, monkeypatch):
@@ -361,7 +361,7 @@ def test_errors_are_one_line(tmp_path, folders, monkeypatch):
     assert error().startswith("look.py: error: there is no run below runs/")
     assert error(tmp_path / "missing").startswith("look.py: error: can't read")
     line = error(*folders, "--host", "192.0.2.1")
-    assert line.startswith("draw.py: error: can't listen at 192.0.2.1, port 8000")
+    assert line.startswith("draw.py: error: can't listen on 192.0.2.1, port 8000")
     assert error(*folders, "--port", "70000") == 2
 
 
@@ -396,7 +396,7 @@ class Page:
         return self.driver.execute_script(code, *arguments)
 
     def resize(self, width: int, dark: bool = False, touch: bool = False) -> None:
-        """Be as wide a screen, in CSS pixels, in light or dark mode, with a mouse or a finger."""
+        """Emulate a screen this wide, in CSS pixels: light or dark mode, mouse or touch."""
         height = 640 if touch else 1000
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -499,7 +499,7 @@ class Page:
 
 @contextlib.contextmanager
 def a_browser():
-    """Start Chromium without a window; skip the test where there is none."""
+    """Start headless Chromium; skip the test if it isn't installed."""
     selenium = pytest.importorskip("selenium.webdriver")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver = shutil.which("chromedriver")
@@ -610,7 +610,7 @@ def test_each_run_has_its_bars_and_says_what_its_heat_map_shows(page, known):
         bold = [n for n, weight in enumerate(page.run(code, run)) if int(weight) >= 600]
         assert bold == [int(np.argmax(shown))] == [int(page.numbers()[i % 2][i // 2])]
     legend = page.find("#legend").text
-    assert "mini_vit: orange speaks for the answer" in legend and "gradient" in legend
+    assert "mini_vit: orange supports the answer" in legend and "gradient" in legend
     assert "vit: orange is where the class token looks" in legend
     code = "return new Set(arguments[0].getContext('2d').getImageData(0, 0, 224, 224).data).size"
     assert all(page.run(code, canvas) > 20 for canvas in page.all(".digit canvas"))
@@ -642,7 +642,7 @@ def test_a_photograph_is_dropped_or_opened(page, known, tmp_path):
         for i in range(5):
             picture = draw_picture(images[i].view(28, 28).numpy(), "photograph", random.Random(i))
             exif = Image.Exif()
-            exif[0x112] = 6  # turned: shown by a quarter clockwise
+            exif[0x112] = 6  # to be shown rotated by 90 degrees clockwise
             picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{i}.jpg", exif=exif)
             if way == "drop":
                 page.drop(tmp_path / f"{i}.jpg")
@@ -686,7 +686,7 @@ def test_what_can_not_be_read_is_said(page, tmp_path):
     page.drop(tmp_path / "letter.txt")
     assert page.find("#answer .error").text == "can't read this picture: save it as JPEG or PNG"
     page.find("#file").send_keys(str(tmp_path / "large.png"))
-    assert page.find("#answer .error").text == "A picture may have 20 MB at most."
+    assert page.find("#answer .error").text == "A picture may be at most 20 MB."
     page.paste(png(np.full((200, 300), 255, np.uint8)))
     assert page.find("#answer").text == "No digit found in this picture."
 

@@ -1,4 +1,4 @@
-"""Everything a user can get wrong is one clear line, and loses nothing."""
+"""Every user error gives one clear line, and loses nothing."""
 
 import dataclasses
 import re

@@ -344,6 +344,3 @@ def test_files_that_are_no_image_do_not_stop_the_others(finished, tmp_path):
     assert "missing.jpg" in missing
     assert "nothing in it" in blank
     assert result.stdout.splitlines()[1].startswith("d\\udcffgit.png   ")
-
-
-# ---------------------------------------------------------------- digits in pictures

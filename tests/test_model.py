@@ -117,7 +117,7 @@ def test_evaluation_counts_each_image_once_whatever_the_batch_size(module):
 
 
 def trained_on(module, images, labels, **changes) -> tuple:
-    """Return the model before a training step, and the images on which it is trained at last."""
+    """Return the model before a training step, and the images of its last forward pass."""
     config = small_config(module, dropout=0.0, **changes)
     trainer = module.Trainer(config, torch.device("cpu"))
     trainer.set_schedules(config.max_iters)
@@ -153,7 +153,7 @@ def test_the_easy_share_of_a_batch_is_left_out(share, n):
 
 
 def test_recorded_steps_train_as_the_usual_ones_do(monkeypatch):
-    """CUDA graphs, pretended: recording leaves no trace; a replay runs the update on its batch."""
+    """With fake CUDA graphs: recording leaves no trace; a replay runs the update on its batch."""
     config = mini_vit.Config(n_layers=2, n_head=4, d_head=14, n_embd=56, dropout=0.0)
     trainer, usual = (mini_vit.Trainer(config, torch.device("cpu")) for _ in range(2))
     model, optimizer = trainer.model, trainer.optimizer

@@ -245,7 +245,7 @@ def test_resume_guesses_nothing(main, signal_at, tmp_path):
         path = tmp_path / out_dir / "checkpoint.pt"
         assert torch.load(path, weights_only=True)["config"]["out_dir"] == out_dir
     result = main("mini_vit", "--resume")  # not the newer runs/mini_vit-2
-    assert "going on with runs/mini_vit from step 5" in result.stdout
+    assert "resuming runs/mini_vit from step 5" in result.stdout
     left = {path.parent.name for path in (tmp_path / "runs").glob("*/checkpoint.pt")}
     assert left == {"mini_vit-2"}
     one_line(main("mini_vit", "--resume", status=1), "finished", "runs/mini_vit-2")
@@ -314,7 +314,7 @@ def test_three_scripts_at_once_in_a_fresh_clone(start, tmp_path):
 
 
 def test_a_checkpoint_follows_after_so_many_seconds(main, monkeypatch):
-    """Also with no evaluation in sight, at the steps that look at the loss; the end leaves none."""
+    """Even between evaluations, at steps that check the loss; the end of a run writes none."""
     steps = saved_steps(mini_vit, monkeypatch)
     flags = [*RUN, "--max_iters", "25", "--eval_interval", "1000"]
     main("mini_vit", *flags, save_seconds=0)

@@ -41,7 +41,7 @@ def test_warnings_stop_a_run_as_sigterm_does(name, start, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, "")
-    assert out.splitlines()[-1].startswith("stopped; to go on: python ")
+    assert out.splitlines()[-1].startswith("stopped; to continue: python ")
     assert (tmp_path / "runs" / "mini_vit" / "checkpoint.pt").exists()
 
 
@@ -64,7 +64,7 @@ def ignore_interrupts():
 
 @pytest.mark.slow
 def test_a_second_signal_of_another_kind_ends_a_run_at_once(start, tmp_path):
-    """While a step takes forever: here, while a worker doesn't deliver."""
+    """During a step that never ends: here, a worker is suspended."""
     flags = [*TINY["mini_vit_augment"], *SHORT, "--num_workers", "1", "--max_iters", "1000000"]
     replacing = {"            if stop.requested():\n                break\n": ""}
     process = start("mini_vit_augment", *flags, replacing=replacing)
@@ -147,7 +147,7 @@ def test_torchrun_starts_a_run_again_when_a_process_dies(with_checkpoint, main, 
     os.kill(children(process)[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=250)
     assert process.returncode == 0, err
-    assert ("going on with runs/mini_vit-2" in out) == with_checkpoint
+    assert ("resuming runs/mini_vit-2" in out) == with_checkpoint
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mini_vit", folder.name]
     assert {path.name for path in folder.iterdir()} == {"model.pt", "log.csv"}
     assert [row["iter"] for row in rows(folder)] == [str(n) for n in range(20, 401, 20)]
@@ -216,7 +216,7 @@ def test_ctrl_c_while_torch_compile_works_is_one_line(start, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    lines = [line for line in err.splitlines() if "CUDA" not in line]  # torch's, of a CPU
+    lines = [line for line in err.splitlines() if "CUDA" not in line]  # torch's warning on a CPU
     assert lines == ["mini_vit.py: error: stopped before the first step: nothing to save"]
 
 
@@ -291,7 +291,7 @@ def test_a_notebook_s_interrupt_stops_a_run_and_the_next_cell_trains(cell, tmp_p
     text = cell(f"print(mini_vit.main({[*flags, '--max_iters', '1000000']!r}))")
     thread.join()
     assert "\n130\n" in text
-    assert "to go on: python mini_vit.py --resume --out_dir runs/mini_vit\n" in text
+    assert "to continue: python mini_vit.py --resume --out_dir runs/mini_vit\n" in text
     assert "accuracy: " in cell(f"mini_vit.main({flags!r})")
 
 

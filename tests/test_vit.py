@@ -76,7 +76,7 @@ def test_it_computes_the_logits_of_vit_b_16():
 
 @pytest.mark.parametrize("n_tokens", [2, 17])
 def test_attention_on_a_gpu_is_attention_on_a_cpu(n_tokens):
-    """CUDA takes another way through MultiHead; tell it that this CPU tensor is on a GPU."""
+    """MultiHead has a separate path for CUDA; pretend that this CPU tensor is on a GPU."""
 
     class OnGPU(torch.Tensor):
         is_cuda = True
