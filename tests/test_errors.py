@@ -45,6 +45,7 @@ def test_bad_flags(flags, word, main, monkeypatch):
         ("mini_vit_concat", "--n_embd 784 --d_head 49"),
         ("mini_vit_augment", "--num_workers -2"),
         ("mini_vit_augment", "--easy_share 1"),
+        ("vit", "--easy_share -0.1"),
         ("mini_vit_augment", "--rotation -1"),
     ],
 )

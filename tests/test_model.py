@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 import mini_vit
 import mini_vit_augment
 import mini_vit_concat
+import vit
 
 PARAMETERS = {
     "mini_vit": 118_148_810,
@@ -145,9 +146,10 @@ def test_adversarial_images_raise_the_loss(module):
 
 
 @pytest.mark.parametrize("share, n", [(0.75, 5), (0.01, 20), (0.99, 1)])
-def test_the_easy_share_of_a_batch_is_left_out(share, n):
+@pytest.mark.parametrize("script", [mini_vit_augment, vit])
+def test_the_easy_share_of_a_batch_is_left_out(script, share, n):
     images, labels = random_images(20)
-    model, kept = trained_on(mini_vit_augment, images, labels, adversarial=0.0, easy_share=share)
+    model, kept = trained_on(script, images, labels, adversarial=0.0, easy_share=share)
     losses = cross_entropy(model(images), labels, reduction="none")
     assert torch.equal(kept, images[losses.argsort(descending=True)[:n]])
 

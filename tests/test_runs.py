@@ -167,7 +167,7 @@ def test_two_agents_train_together(start, tmp_path):
 @pytest.mark.parametrize(
     "script, flag",
     [(script, "--adversarial=0.1") for script in SCRIPTS]
-    + [("mini_vit_augment", "--easy_share=0.75")],
+    + [("mini_vit_augment", "--easy_share=0.75"), ("vit", "--easy_share=0.75")],
 )
 def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
     flags = [
