@@ -719,13 +719,13 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
+            stop.after_the_step()  # from now on, there is something to save when a signal comes
 
             # Keep count, and see whether a signal asks any process to stop.
             loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
-            stop.after_the_step()  # from now on, there is something to save when a signal comes
             if rank == 0 and folder is None:
                 folder = new_folder(config)
 

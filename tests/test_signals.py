@@ -32,6 +32,20 @@ def torchrun(tmp_path, *flags, launch=(), **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes | options)
 
 
+def test_every_process_listens_before_any_goes_on_after_the_first_step(main, monkeypatch):
+    """Else a signal could end one before it listens, and the others couldn't go on without it."""
+    not_yet = []
+    agree = mini_vit.agree
+
+    def see_who_listens(loss, world):
+        not_yet.append(mini_vit.stop.at_once)
+        return agree(loss, world)
+
+    monkeypatch.setattr(mini_vit, "agree", see_who_listens)
+    main("mini_vit", *RUN)
+    assert not_yet == 24 * [False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
 def test_warnings_stop_a_run_as_sigterm_does(name, start, tmp_path):
