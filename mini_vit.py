@@ -64,7 +64,7 @@ class Config:
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
     first_layers: int = 2  # blocks in use at first
-    growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth; 0: always all
+    growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth blocks; 0: always all
     seed: int = 1  # random seed of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it

@@ -60,7 +60,7 @@ class Config:
     n_embd: int = 1568  # features of an image, of which the last 784 are its pixels; above 784
     n_layers: int = 16  # blocks
     first_layers: int = 2  # blocks in use at first
-    growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth; 0: always all
+    growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth blocks; 0: always all
     seed: int = 1  # random seed of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it

@@ -69,7 +69,7 @@ class Config:
     n_embd: int = 128  # features of one token
     n_layers: int = 4  # blocks
     first_layers: int = 1  # blocks in use at first
-    growth: float = 0.0  # then use n_layers * (step / max_iters) ** growth; 0: always all
+    growth: float = 0.0  # then use n_layers * (step / max_iters) ** growth blocks; 0: always all
     seed: int = 1  # random seed of weights, order of images, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
