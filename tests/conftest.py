@@ -4,6 +4,7 @@ import csv
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,13 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise TimeoutError
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on: tests run side by side, a fixed one may be taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def children(process) -> list[int]:

@@ -19,6 +19,7 @@ from conftest import (
     TINY,
     assert_same,
     children,
+    free_port,
     one_line,
     rows,
     wait_for,
@@ -151,9 +152,10 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
 def test_two_agents_train_together(start, tmp_path):
     """Two nodes, pretended on one machine: the second writes nothing."""
     agents = []
+    port = free_port()
     for rank in (0, 1):
         launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-        launch += [f"--node_rank={rank}", "--master_addr=127.0.0.1", "--master_port=29511"]
+        launch += [f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         (folder := tmp_path / f"node{rank}").mkdir()
         command = [sys.executable, *launch, str(ROOT / "mini_vit.py"), *RUN]
         agents.append(subprocess.Popen(command, cwd=folder, stdout=-1, stderr=-1, text=True))

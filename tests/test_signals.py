@@ -10,7 +10,18 @@ import time
 
 import pytest
 import torch
-from conftest import LONG, ROOT, SHORT, TINY, assert_same, children, rows, wait_for, weights
+from conftest import (
+    LONG,
+    ROOT,
+    SHORT,
+    TINY,
+    assert_same,
+    children,
+    free_port,
+    rows,
+    wait_for,
+    weights,
+)
 
 import mini_vit
 
@@ -118,7 +129,7 @@ def test_torchrun_doesn_t_wait_for_a_process_that_starts(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGHUP])
 def test_processes_whose_torchrun_is_killed_stop_and_save(number, tmp_path):
-    launch = [*STATIC, "--master_port=29517"]
+    launch = [*STATIC, f"--master_port={free_port()}"]
     process = torchrun(tmp_path, *FOREVER, launch=launch)  # its pipes end with it
     wait_for(log_of(tmp_path).exists, process)
     workers = children(process)
@@ -151,7 +162,7 @@ def test_torchrun_starts_a_run_again_when_a_process_dies(with_checkpoint, main, 
     if with_checkpoint:
         text = text.replace("SAVE_SECONDS = 300", "SAVE_SECONDS = 0")
     (tmp_path / "mini_vit.py").write_text(text)
-    launch = [*STATIC, "--master_port=29519", "--max_restarts=2"]
+    launch = [*STATIC, f"--master_port={free_port()}", "--max_restarts=2"]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "mini_vit.py"]
     command += [*flags, "--data_dir", str(ROOT / "data")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
