@@ -63,7 +63,7 @@ class Config:
     d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
-    first_layers: int = 2  # blocks in use at first
+    first_layers: int = 2  # blocks in use at first, unless growth is 0
     growth: float = 32.0  # then use n_layers * (step / max_iters) ** growth blocks; 0: always all
     seed: int = 1  # random seed of weights, order of images and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
@@ -75,20 +75,20 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, whose text is one line, for values that can't be used."""
+        """Raise ValueError, with a text of one line, if a value can't be used."""
         at_least_1 = "batch_size max_iters eval_interval n_head d_head n_embd n_layers first_layers"
         for name in at_least_1.split():
             if not 1 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be from 1 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("warmup_iters", "seed", "subset", "holdout"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be from 0 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         for name in ("weight_decay", "adversarial", "growth"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
         for name in ("beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -144,7 +144,7 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
         first = n_pass * n_images  # images taken in the passes before this one
-        parts.append(order[max(begin - first, 0) : end - first])  # the batch's part in this pass
+        parts.append(order[max(begin - first, 0) : end - first])  # what the batch takes of it
     return torch.cat(parts)
 
 
@@ -347,9 +347,9 @@ def sums_on_cpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) ->
 def evaluate(
     model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 2000
 ) -> tuple[float, Tensor]:
-    """Return the mean cross-entropy and the probabilities (N, 10), in eval mode.
+    """Return the mean cross-entropy over all N images and the probabilities (N, 10).
 
-    Each of the N images is counted once; the model keeps its mode.
+    The model is in eval mode meanwhile, and then in the mode that it was in.
     """
     was_training = model.training
     model.eval()
@@ -373,11 +373,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: few for most of a run, then more and more.
+    """Return how many blocks a step uses: all if growth is 0, else few for most of a run.
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
-    with 32, the third of 16 blocks joins after 94 % of the run. That late, they change little: the
-    first two do nearly all of the learning.
+    with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
+    that join so late change little: the first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -396,7 +396,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
 
 
 class Trainer:
-    """A model, its optimizer, and how far training has come; state_dict() is a checkpoint."""
+    """A model, its optimizer and its progress; state_dict() returns what a checkpoint holds."""
 
     def __init__(self, config: Config, device: torch.device, world: int = 1):
         self.config = config
@@ -444,10 +444,12 @@ class Trainer:
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        The loss is nan if the gradient is not finite. A GPU records this method once and replays
-        it (RecordedUpdate), so it must not print or read values.
+        If the gradient is not finite, the step ruins the weights; the loss is then nan, so that
+        train() ends the run. It can't be ended here: a GPU records this method once and replays it
+        (RecordedUpdate), so it must not print or read values.
         """
-        if self.config.adversarial:  # on these alone, so the loss is above an evaluation's
+        # Trained on adversarial images alone, the network has a higher loss than in evaluations.
+        if self.config.adversarial:
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -473,7 +475,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
-        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
+        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, come from config
         optimizer_state["state"] = state["optimizer"]
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
@@ -552,7 +554,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)  # a signal can end batches early
+    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    return 0 if finished else 128 + max(stop_number, stop.number)
 
 
 # ---------------------------------------------------------------- results
@@ -835,7 +838,7 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     return config, state
 
 
-# Flags that may change on --resume: they affect neither the network nor its data.
+# Flags that may change on --resume. All others must stay as they were.
 MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
 
 
@@ -884,10 +887,10 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """A signal to stop training after the current step; a second one ends the process at once.
+    """Handles signals: the first stops training after the current step, a second one at once.
 
-    These are Ctrl-C, SIGTERM, a closed terminal's and a cluster's warnings. One that was ignored
-    when the script started (by nohup, say) stays ignored.
+    They come from Ctrl-C, from kill, from a terminal that closes, or from a cluster that is about
+    to end the job. One that was ignored when the script started (by nohup, say) stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
@@ -900,7 +903,7 @@ class Stop:
 
     def __enter__(self) -> None:
         self.__init__()
-        if dist.is_torchelastic_launched():  # torchrun says what there is to say
+        if dist.is_torchelastic_launched():  # torchrun reports it, so end silently
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         else:
             self.listen()
@@ -926,7 +929,7 @@ class Stop:
             signal.signal(other, signal.SIG_DFL if AS_SCRIPT else handler)
         if not self.at_once:
             return
-        if AS_SCRIPT:  # an exception could end as a compiler's traceback, or be swallowed
+        if AS_SCRIPT:  # a compiler could turn an exception into its traceback, or swallow it
             os.write(2, f"{ERROR} stopped before the first step: nothing to save\n".encode())
             os._exit(128 + number)
         raise KeyboardInterrupt

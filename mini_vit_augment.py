@@ -96,7 +96,7 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, whose text is one line, for values that can't be used."""
+        """Raise ValueError, with a text of one line, if a value can't be used."""
         on_cuda = self.device.startswith("cuda")
         if self.device == "auto":
             on_cuda = torch.cuda.is_available()
@@ -106,17 +106,17 @@ class Config:
         at_least_1 = "batch_size max_iters eval_interval n_head d_head n_embd n_layers first_layers"
         for name in at_least_1.split():
             if not 1 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be from 1 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("warmup_iters", "seed", "subset", "holdout"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be from 0 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         strengths = ("rotation", "scaling", "shear", "translation", "elastic")
         for name in ("weight_decay", "adversarial", "growth", *strengths):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
         for name in ("beta2", "dropout", "easy_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -174,7 +174,7 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
         first = n_pass * n_images  # images taken in the passes before this one
-        parts.append(order[max(begin - first, 0) : end - first])  # the batch's part in this pass
+        parts.append(order[max(begin - first, 0) : end - first])  # what the batch takes of it
     return torch.cat(parts)
 
 
@@ -204,13 +204,15 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     high = 1 + uniform(config.scaling)
     shift_x = uniform(config.translation / 14)  # in grid_sample's units, an image is 2 wide
     shift_y = uniform(config.translation / 14)
+    # grid_sample asks where each pixel of the new image comes from. The answer is an affine map:
+    # rotation @ slant @ diag(1 / wide, 1 / high), and a shift.
     cos = angle.cos()
     sin = angle.sin()
     x = torch.stack([cos / wide, (sin + shear * cos) / high, shift_x], -1)
     y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
     affine = torch.stack([x, y], 1)  # (B, 2, 3)
     bending = torch.randn(n_images, 2, 25, generator=generator) * config.elastic / 14
-    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 28)
+    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 3 + 25)
     grid = warp @ warp_basis(images.device).T  # (B, 2, 784): where each pixel is from
     grid = grid.mT.view(-1, 28, 28, 2)
     pixels = images.view(-1, 1, 28, 28).float()
@@ -220,9 +222,10 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 
 @functools.cache
 def warp_basis(device: torch.device) -> Tensor:
-    """Return what each of a warp's 28 numbers does to each pixel, (784, 28).
+    """Return how far each of a warp's 3 + 25 numbers moves each pixel along one axis, (784, 28).
 
-    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points.
+    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points. (That the
+    sum is also an image's width is a coincidence.)
     """
     identity = torch.eye(2, 3)[None]
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
@@ -535,9 +538,9 @@ def sums_on_cpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) ->
 def evaluate(
     model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 2000
 ) -> tuple[float, Tensor]:
-    """Return the mean cross-entropy and the probabilities (N, 10), in eval mode.
+    """Return the mean cross-entropy over all N images and the probabilities (N, 10).
 
-    Each of the N images is counted once; the model keeps its mode.
+    The model is in eval mode meanwhile, and then in the mode that it was in.
     """
     was_training = model.training
     model.eval()
@@ -561,11 +564,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: few for most of a run, then more and more.
+    """Return how many blocks a step uses: all if growth is 0, else few for most of a run.
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
-    with 32, the third of 16 blocks joins after 94 % of the run. That late, they change little: the
-    first two do nearly all of the learning.
+    with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
+    that join so late change little: the first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -575,10 +578,10 @@ def blocks_in_use(step: int, config: Config) -> int:
 def hardest(
     model: nn.Module, images: Tensor, labels: Tensor, easy_share: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the images and labels without the easy_share that has the lowest loss.
+    """Return the images and labels, leaving out the share `easy_share` with the lowest loss.
 
-    Most images soon teach nothing more (ordered SGD: Kawaguchi and Lu 2020), and looking at one
-    takes a third of the time of training on it.
+    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020), and a forward
+    pass takes a third of the time of training on an image.
     """
     losses = F.cross_entropy(model(images), labels, reduction="none")
     n_hard = len(losses) - int(easy_share * len(losses))
@@ -599,7 +602,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
 
 
 class Trainer:
-    """A model, its optimizer, and how far training has come; state_dict() is a checkpoint."""
+    """A model, its optimizer and its progress; state_dict() returns what a checkpoint holds."""
 
     def __init__(self, config: Config, device: torch.device, world: int = 1):
         self.config = config
@@ -647,12 +650,14 @@ class Trainer:
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        The loss is nan if the gradient is not finite. A GPU records this method once and replays
-        it (RecordedUpdate), so it must not print or read values.
+        If the gradient is not finite, the step ruins the weights; the loss is then nan, so that
+        train() ends the run. It can't be ended here: a GPU records this method once and replays it
+        (RecordedUpdate), so it must not print or read values.
         """
+        # Trained on hard or adversarial images, the network has a higher loss than in evaluations.
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:  # on these alone, so the loss is above an evaluation's
+        if self.config.adversarial:
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -678,7 +683,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
-        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
+        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, come from config
         optimizer_state["state"] = state["optimizer"]
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
@@ -757,7 +762,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)  # a signal can end batches early
+    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    return 0 if finished else 128 + max(stop_number, stop.number)
 
 
 # ---------------------------------------------------------------- results
@@ -1040,7 +1046,7 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     return config, state
 
 
-# Flags that may change on --resume: they affect neither the network nor its data.
+# Flags that may change on --resume. All others must stay as they were.
 MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
 MAY_CHANGE.add("num_workers")
 
@@ -1090,10 +1096,10 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """A signal to stop training after the current step; a second one ends the process at once.
+    """Handles signals: the first stops training after the current step, a second one at once.
 
-    These are Ctrl-C, SIGTERM, a closed terminal's and a cluster's warnings. One that was ignored
-    when the script started (by nohup, say) stays ignored.
+    They come from Ctrl-C, from kill, from a terminal that closes, or from a cluster that is about
+    to end the job. One that was ignored when the script started (by nohup, say) stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
@@ -1106,7 +1112,7 @@ class Stop:
 
     def __enter__(self) -> None:
         self.__init__()
-        if dist.is_torchelastic_launched():  # torchrun says what there is to say
+        if dist.is_torchelastic_launched():  # torchrun reports it, so end silently
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         else:
             self.listen()
@@ -1132,7 +1138,7 @@ class Stop:
             signal.signal(other, signal.SIG_DFL if AS_SCRIPT else handler)
         if not self.at_once:
             return
-        if AS_SCRIPT:  # an exception could end as a compiler's traceback, or be swallowed
+        if AS_SCRIPT:  # a compiler could turn an exception into its traceback, or swallow it
             os.write(2, f"{ERROR} stopped before the first step: nothing to save\n".encode())
             os._exit(128 + number)
         raise KeyboardInterrupt

@@ -3,10 +3,10 @@
     python vit.py             # train; flags and torchrun as in mini_vit.py
     diff mini_vit.py vit.py   # what makes a ViT a ViT
 
-Patches of an image are its tokens, and attention works among them. 803,338 parameters reach
-99.43 ± 0.05 % on the test set (ten runs), in 6 minutes on two cores of an Intel Xeon with AMX
-(bfloat16, torch 2.15.0). With ViT-B/16's settings the model has 86,567,656 parameters and, given
-torchvision's weights, computes torchvision's logits.
+An image is cut into patches, which are its tokens, and attention works among them. 803,338
+parameters reach 99.43 ± 0.05 % on the test set (mean and standard deviation of ten runs), in 6
+minutes on two cores of an Intel Xeon with AMX (bfloat16, torch 2.15.0). With ViT-B/16's settings
+the model has 86,567,656 parameters and, given torchvision's weights, computes torchvision's logits.
 """
 
 import argparse
@@ -61,14 +61,14 @@ class Config:
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
-    image_size: int = 28  # pixels along each side of an image
+    image_size: int = 28  # pixels along each side of an image; MNIST's have 28
     patch_size: int = 7  # pixels along each side of a patch, which is one token
-    channels: int = 1  # of an image
-    classes: int = 10  # logits
+    channels: int = 1  # colors of an image; MNIST's have 1
+    classes: int = 10  # labels to choose from; each has a logit
     n_head: int = 4  # attention heads; must divide n_embd
     n_embd: int = 128  # features of one token
     n_layers: int = 4  # blocks
-    first_layers: int = 1  # blocks in use at first
+    first_layers: int = 1  # blocks in use at first, unless growth is 0
     growth: float = 0.0  # then use n_layers * (step / max_iters) ** growth blocks; 0: always all
     seed: int = 1  # random seed of weights, order of images, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
@@ -80,22 +80,22 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, whose text is one line, for values that can't be used."""
+        """Raise ValueError, with a text of one line, if a value can't be used."""
         at_least_1 = "batch_size max_iters eval_interval n_head n_embd n_layers first_layers"
         at_least_1 += " image_size patch_size channels classes"
         for name in at_least_1.split():
             if not 1 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be from 1 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("warmup_iters", "seed", "subset", "holdout"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} must be from 0 to 2**63 - 1, not {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         strengths = ("rotation", "scaling", "shear", "translation", "elastic")
         for name in ("weight_decay", "adversarial", "growth", *strengths):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
         for name in ("beta2", "dropout", "easy_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -154,7 +154,7 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
         order = shuffled(n_images, n_pass, config.seed)
         first = n_pass * n_images  # images taken in the passes before this one
-        parts.append(order[max(begin - first, 0) : end - first])  # the batch's part in this pass
+        parts.append(order[max(begin - first, 0) : end - first])  # what the batch takes of it
     return torch.cat(parts)
 
 
@@ -184,13 +184,15 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     high = 1 + uniform(config.scaling)
     shift_x = uniform(config.translation / 14)  # in grid_sample's units, an image is 2 wide
     shift_y = uniform(config.translation / 14)
+    # grid_sample asks where each pixel of the new image comes from. The answer is an affine map:
+    # rotation @ slant @ diag(1 / wide, 1 / high), and a shift.
     cos = angle.cos()
     sin = angle.sin()
     x = torch.stack([cos / wide, (sin + shear * cos) / high, shift_x], -1)
     y = torch.stack([-sin / wide, (cos - shear * sin) / high, shift_y], -1)
     affine = torch.stack([x, y], 1)  # (B, 2, 3)
     bending = torch.randn(n_images, 2, 25, generator=generator) * config.elastic / 14
-    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 28)
+    warp = torch.cat([affine, bending], -1).to(images.device)  # (B, 2, 3 + 25)
     grid = warp @ warp_basis(images.device).T  # (B, 2, 784): where each pixel is from
     grid = grid.mT.view(-1, 28, 28, 2)
     pixels = images.view(-1, 1, 28, 28).float()
@@ -200,9 +202,10 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 
 @functools.cache
 def warp_basis(device: torch.device) -> Tensor:
-    """Return what each of a warp's 28 numbers does to each pixel, (784, 28).
+    """Return how far each of a warp's 3 + 25 numbers moves each pixel along one axis, (784, 28).
 
-    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points.
+    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points. (That the
+    sum is also an image's width is a coincidence.)
     """
     identity = torch.eye(2, 3)[None]
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
@@ -245,7 +248,10 @@ class Transformer(nn.Module):
         self.initialize(config)
 
     def initialize(self, config: Config) -> None:
-        """Initialize; layers that write to the residual stream start smaller, as in GPT-2."""
+        """Initialize matrices and positions at random, biases and the class token as 0.
+
+        Layers that write to the residual stream start smaller, as in GPT-2.
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5  # for narrow layers, GPT-2's 0.02 is too little
@@ -317,7 +323,7 @@ class MultiHead(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, tokens, d_head)
         if x.is_cuda:
             out = F.scaled_dot_product_attention(q, k, v)
-        else:  # the same by the book, which is faster in bfloat16 on a CPU
+        else:  # the same, written out, which is faster in bfloat16 on a CPU
             weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (B, n_head, tokens, tokens)
             out = weights @ v
         out = out.transpose(1, 2).flatten(2)  # (B, tokens, n_embd)
@@ -329,9 +335,9 @@ class MultiHead(nn.Module):
 def evaluate(
     model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 2000
 ) -> tuple[float, Tensor]:
-    """Return the mean cross-entropy and the probabilities (N, 10), in eval mode.
+    """Return the mean cross-entropy over all N images and the probabilities (N, 10).
 
-    Each of the N images is counted once; the model keeps its mode.
+    The model is in eval mode meanwhile, and then in the mode that it was in.
     """
     was_training = model.training
     model.eval()
@@ -355,11 +361,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def blocks_in_use(step: int, config: Config) -> int:
-    """Return how many blocks a step uses: few for most of a run, then more and more.
+    """Return how many blocks a step uses: all if growth is 0, else few for most of a run.
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
-    with 32, the third of 16 blocks joins after 94 % of the run. That late, they change little: the
-    first two do nearly all of the learning.
+    with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
+    that join so late change little: the first two do nearly all of the learning.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -369,10 +375,10 @@ def blocks_in_use(step: int, config: Config) -> int:
 def hardest(
     model: nn.Module, images: Tensor, labels: Tensor, easy_share: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the images and labels without the easy_share that has the lowest loss.
+    """Return the images and labels, leaving out the share `easy_share` with the lowest loss.
 
-    Most images soon teach nothing more (ordered SGD: Kawaguchi and Lu 2020), and looking at one
-    takes a third of the time of training on it.
+    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020), and a forward
+    pass takes a third of the time of training on an image.
     """
     losses = F.cross_entropy(model(images), labels, reduction="none")
     n_hard = len(losses) - int(easy_share * len(losses))
@@ -393,7 +399,7 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
 
 
 class Trainer:
-    """A model, its optimizer, and how far training has come; state_dict() is a checkpoint."""
+    """A model, its optimizer and its progress; state_dict() returns what a checkpoint holds."""
 
     def __init__(self, config: Config, device: torch.device, world: int = 1):
         self.config = config
@@ -441,12 +447,14 @@ class Trainer:
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        The loss is nan if the gradient is not finite. A GPU records this method once and replays
-        it (RecordedUpdate), so it must not print or read values.
+        If the gradient is not finite, the step ruins the weights; the loss is then nan, so that
+        train() ends the run. It can't be ended here: a GPU records this method once and replays it
+        (RecordedUpdate), so it must not print or read values.
         """
+        # Trained on hard or adversarial images, the network has a higher loss than in evaluations.
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
-        if self.config.adversarial:  # on these alone, so the loss is above an evaluation's
+        if self.config.adversarial:
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
         loss.backward()
@@ -472,7 +480,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict() returned."""
         self.model.load_state_dict(state["model"])
-        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, are config's
+        optimizer_state = self.optimizer.state_dict()  # settings, such as betas, come from config
         optimizer_state["state"] = state["optimizer"]
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
@@ -551,7 +559,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 128 + max(stop_number, stop.number)  # a signal can end batches early
+    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    return 0 if finished else 128 + max(stop_number, stop.number)
 
 
 # ---------------------------------------------------------------- results
@@ -834,7 +843,7 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     return config, state
 
 
-# Flags that may change on --resume: they affect neither the network nor its data.
+# Flags that may change on --resume. All others must stay as they were.
 MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
 
 
@@ -883,10 +892,10 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """A signal to stop training after the current step; a second one ends the process at once.
+    """Handles signals: the first stops training after the current step, a second one at once.
 
-    These are Ctrl-C, SIGTERM, a closed terminal's and a cluster's warnings. One that was ignored
-    when the script started (by nohup, say) stays ignored.
+    They come from Ctrl-C, from kill, from a terminal that closes, or from a cluster that is about
+    to end the job. One that was ignored when the script started (by nohup, say) stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
@@ -899,7 +908,7 @@ class Stop:
 
     def __enter__(self) -> None:
         self.__init__()
-        if dist.is_torchelastic_launched():  # torchrun says what there is to say
+        if dist.is_torchelastic_launched():  # torchrun reports it, so end silently
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         else:
             self.listen()
@@ -925,7 +934,7 @@ class Stop:
             signal.signal(other, signal.SIG_DFL if AS_SCRIPT else handler)
         if not self.at_once:
             return
-        if AS_SCRIPT:  # an exception could end as a compiler's traceback, or be swallowed
+        if AS_SCRIPT:  # a compiler could turn an exception into its traceback, or swallow it
             os.write(2, f"{ERROR} stopped before the first step: nothing to save\n".encode())
             os._exit(128 + number)
         raise KeyboardInterrupt

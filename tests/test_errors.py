@@ -21,9 +21,9 @@ RUN = [*TINY["mini_vit"], *SHORT]
     [
         (["--n_layer", "2"], "--n_layer"),
         (["--n_layers", "two"], "--n_layers"),
-        (["--n_layers", "0"], "n_layers must be at least 1, not 0"),
-        (["--batch_size", "-1"], "batch_size must be at least 1, not -1"),
-        (["--learning_rate", "nan"], "learning_rate must be above 0, not nan"),
+        (["--n_layers", "0"], "n_layers must be from 1 to 2**63 - 1, not 0"),
+        (["--batch_size", "-1"], "batch_size must be from 1 to 2**63 - 1, not -1"),
+        (["--learning_rate", "nan"], "learning_rate must be above 0 and finite, not nan"),
         (["--learning_rate", "inf"], "learning_rate"),
         (["--grad_clip", "0"], "grad_clip"),
         (["--seed", str(2**63)], "seed"),
