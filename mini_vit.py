@@ -75,7 +75,7 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, with a text of one line, if a value can't be used."""
+        """Raise ValueError, in one line, for a value that can't be used."""
         at_least_1 = "batch_size max_iters eval_interval n_head d_head n_embd n_layers first_layers"
         for name in at_least_1.split():
             if not 1 <= getattr(self, name) < 2**63:
@@ -386,8 +386,9 @@ def blocks_in_use(step: int, config: Config) -> int:
 def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distance: float) -> Tensor:
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
-    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on, but drops different features than in the training pass.
+    Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
+    (Goodfellow et al. 2015, arXiv:1412.6572). Dropout is on, but drops other features than in the
+    training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -448,7 +449,7 @@ class Trainer:
         train() ends the run. It can't be ended here: a GPU records this method once and replays it
         (RecordedUpdate), so it must not print or read values.
         """
-        # Trained on adversarial images alone, the network has a higher loss than in evaluations.
+        # The loss is that of adversarial images alone, so it is above an evaluation's.
         if self.config.adversarial:
             images = adversarial_images(self.model, images, labels, self.config.adversarial)
         loss = F.cross_entropy(self.parallel(images), labels)
@@ -554,7 +555,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    # If a signal ended the batches (mini_vit_augment.py), stop_number is still 0.
     return 0 if finished else 128 + max(stop_number, stop.number)
 
 

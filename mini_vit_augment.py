@@ -44,7 +44,8 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 # ---------------------------------------------------------------- hyperparameters
 # Each field of Config is also a flag, with its comment as the help text. This holds for fields that
 # you add, too: an int, float, bool or str.
-# A field of Config that is -1 takes its value from one of these, depending on the device.
+
+# The defaults of these fields depend on the device: -1 in Config stands for the value here.
 ON_CUDA = {
     "batch_size": 4096,
     "max_iters": 10000,
@@ -78,14 +79,14 @@ class Config:
     scaling: float = 0.22  # augmentation: largest change of width and of height, as a share
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
-    elastic: float = 0.8  # augmentation: standard deviation of the bending, in pixels
-    num_workers: int = -1  # processes that augment; 0: the device does, -1: one per core, up to 16
+    elastic: float = 0.8  # augmentation: standard deviation of a control point's shift, in pixels
+    num_workers: int = -1  # processes that augment; 0: none, the device does; -1: 1 per core, to 16
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
     first_layers: int = -1  # blocks in use at first; -1 is 4 on CUDA, 1 elsewhere
-    growth: float = -1  # then n_layers * (step / max_iters) ** growth; -1: 24 on CUDA, else 60
+    growth: float = -1  # larger: other blocks join later; 0: all at first; -1: 24 on CUDA, else 60
     seed: int = 1  # random seed of weights, order of images, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
     precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
@@ -96,7 +97,7 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, with a text of one line, if a value can't be used."""
+        """Fill in what depends on the device; raise ValueError, in one line, for a bad value."""
         on_cuda = self.device.startswith("cuda")
         if self.device == "auto":
             on_cuda = torch.cuda.is_available()
@@ -113,11 +114,11 @@ class Config:
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
-        strengths = ("rotation", "scaling", "shear", "translation", "elastic")
+        strengths = ("rotation", "shear", "translation", "elastic")
         for name in ("weight_decay", "adversarial", "growth", *strengths):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
-        for name in ("beta2", "dropout", "easy_share"):
+        for name in ("beta2", "dropout", "easy_share", "scaling"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -222,10 +223,10 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 
 @functools.cache
 def warp_basis(device: torch.device) -> Tensor:
-    """Return how far each of a warp's 3 + 25 numbers moves each pixel along one axis, (784, 28).
+    """Return the matrix (784, 28) that maps a warp's 3 + 25 numbers to where each pixel is from.
 
-    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points. (That the
-    sum is also an image's width is a coincidence.)
+    The first three columns, x, y and 1, make the affine map; the other 25 say how far each control
+    point moves the pixel. (That the sum is also an image's width is a coincidence.)
     """
     identity = torch.eye(2, 3)[None]
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
@@ -242,7 +243,7 @@ def augment_batch(images: Tensor, step: int, config: Config, rank: int) -> Tenso
 
 
 class AugmentedBatches(Dataset):
-    """Makes this process's share of each batch, which depends on seed, step and process alone.
+    """Makes a training process's share of each batch, the same whichever worker makes it.
 
     A batch is left in a slot, memory that the workers share with the training process.
     """
@@ -273,8 +274,8 @@ def training_batches(
     def shares() -> Iterator[tuple[int, list[int]]]:
         for step in range(start + 1, config.max_iters + 1):
             indices = batch_indices(step, len(images), config)
-            # A list: DataLoader's thread would copy a tensor with OpenMP threads of its own, which
-            # makes a CPU a quarter slower.
+            # A list, not a tensor: DataLoader's thread would copy that to a worker with OpenMP
+            # threads of its own, and training on a CPU would be a quarter slower.
             yield step, indices[rank::world].tolist()
 
     num_workers = config.num_workers
@@ -289,6 +290,7 @@ def training_batches(
         return
     trouble = r"DataLoader worker \(pid|Connection|Too many open files|shared memory"
     with explained("lower num_workers, or raise ulimit -n or the size of /dev/shm", trouble):
+        # A slot for the batch that each worker makes, and one for the batch that is being copied.
         dataset = AugmentedBatches(images, labels, config, rank, world, num_workers + 1)
         loader = DataLoader(
             dataset,
@@ -296,23 +298,27 @@ def training_batches(
             sampler=shares(),
             num_workers=num_workers,
             worker_init_fn=leave_group,
-            prefetch_factor=1,
-            timeout=1,
+            prefetch_factor=1,  # a worker that is ahead would need more slots
+            timeout=1,  # second; next_batch looks for signals in between
         )
         with sigchld_kept():
             batches = iter(loader)
         while (slot := next_batch(batches)) is not None:
             batch = dataset.image_slots[slot], dataset.label_slots[slot]
+            # Both copy, as a worker will soon write into the slot again.
             if device.type == "cuda":
                 copies = [x.pin_memory() for x in batch]
             else:
-                copies = [x.clone() for x in batch]  # the slot is used again
+                copies = [x.clone() for x in batch]
             yield tuple(x.to(device, non_blocking=True) for x in copies)
 
 
 @contextmanager
 def sigchld_kept() -> Iterator[None]:
-    """Keep DataLoader from raising an error, at any place in training, when a worker dies."""
+    """Undo DataLoader's SIGCHLD handler, which would raise wherever training happens to be.
+
+    That a worker has died is noticed anyway, when the next batch is asked for.
+    """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     yield
     if handler is not None and threading.current_thread() is threading.main_thread():
@@ -320,32 +326,36 @@ def sigchld_kept() -> Iterator[None]:
 
 
 def next_batch(batches: Iterator) -> int | None:
-    """Return the next batch's slot; None at the end, or if a signal comes before the batch.
+    """Return the next batch's slot, or None if there are no more or a signal ends the waiting.
 
-    Fail after a minute without either.
+    Fail if no batch has come after a minute.
     """
     for _ in range(60):
         try:
             return next(batches, None)
         except RuntimeError as error:
-            if stop.requested():
+            timed_out = "DataLoader timed out" in str(error)  # it does each second
+            # Before the first step, there is nothing to save; several processes stop together.
+            if timed_out and (stop.at_once or dist.is_initialized()):
+                continue
+            if stop.requested() and not stop.at_once:
                 break
-            if "DataLoader timed out" not in str(error):  # it does each second
+            if not timed_out:
                 raise
     for worker in multiprocessing.active_children():
-        worker.kill()  # Python would wait for a stuck one
-    if not stop.requested():
+        worker.kill()  # at exit, Python would wait for a stuck one
+    if stop.at_once or not stop.requested():
         fail("no batch came from the workers in a minute: try --num_workers 0")
     return None
 
 
 def leave_group(worker: int) -> None:
-    """Put a worker out of reach of the terminal: the training process decides when to stop."""
+    """Keep Ctrl-C and a closed terminal from a worker; end it if the training process dies."""
     for number in stop.previous:
         signal.signal(number, signal.SIG_DFL)
     with suppress(AttributeError):  # not every system has these
         os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with that process
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
 
 
 def usable_cores() -> int:
@@ -580,8 +590,8 @@ def hardest(
 ) -> tuple[Tensor, Tensor]:
     """Return the images and labels, leaving out the share `easy_share` with the lowest loss.
 
-    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020), and a forward
-    pass takes a third of the time of training on an image.
+    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020). To find them
+    takes a forward pass, a third of the time of training on them; to leave them out saves the rest.
     """
     losses = F.cross_entropy(model(images), labels, reduction="none")
     n_hard = len(losses) - int(easy_share * len(losses))
@@ -592,8 +602,9 @@ def hardest(
 def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distance: float) -> Tensor:
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
-    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on, but drops different features than in the training pass.
+    Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
+    (Goodfellow et al. 2015, arXiv:1412.6572). Dropout is on, but drops other features than in the
+    training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -654,7 +665,7 @@ class Trainer:
         train() ends the run. It can't be ended here: a GPU records this method once and replays it
         (RecordedUpdate), so it must not print or read values.
         """
-        # Trained on hard or adversarial images, the network has a higher loss than in evaluations.
+        # The loss is that of hard or adversarial images, so it is above an evaluation's.
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
         if self.config.adversarial:
@@ -762,7 +773,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    # If a signal ended the batches (mini_vit_augment.py), stop_number is still 0.
     return 0 if finished else 128 + max(stop_number, stop.number)
 
 

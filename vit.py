@@ -60,7 +60,7 @@ class Config:
     scaling: float = 0.15  # augmentation: largest change of width and of height, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
-    elastic: float = 0.6  # augmentation: standard deviation of the bending, in pixels
+    elastic: float = 0.6  # augmentation: standard deviation of a control point's shift, in pixels
     image_size: int = 28  # pixels along each side of an image; MNIST's have 28
     patch_size: int = 7  # pixels along each side of a patch, which is one token
     channels: int = 1  # colors of an image; MNIST's have 1
@@ -80,7 +80,7 @@ class Config:
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Raise ValueError, with a text of one line, if a value can't be used."""
+        """Raise ValueError, in one line, for a value that can't be used."""
         at_least_1 = "batch_size max_iters eval_interval n_head n_embd n_layers first_layers"
         at_least_1 += " image_size patch_size channels classes"
         for name in at_least_1.split():
@@ -92,11 +92,11 @@ class Config:
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
-        strengths = ("rotation", "scaling", "shear", "translation", "elastic")
+        strengths = ("rotation", "shear", "translation", "elastic")
         for name in ("weight_decay", "adversarial", "growth", *strengths):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
-        for name in ("beta2", "dropout", "easy_share"):
+        for name in ("beta2", "dropout", "easy_share", "scaling"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -202,10 +202,10 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
 
 @functools.cache
 def warp_basis(device: torch.device) -> Tensor:
-    """Return how far each of a warp's 3 + 25 numbers moves each pixel along one axis, (784, 28).
+    """Return the matrix (784, 28) that maps a warp's 3 + 25 numbers to where each pixel is from.
 
-    Three are an affine map of the pixel's position (x, y, 1); 25 move the control points. (That the
-    sum is also an image's width is a coincidence.)
+    The first three columns, x, y and 1, make the affine map; the other 25 say how far each control
+    point moves the pixel. (That the sum is also an image's width is a coincidence.)
     """
     identity = torch.eye(2, 3)[None]
     places = F.affine_grid(identity, (1, 1, 28, 28), align_corners=False).view(784, 2)
@@ -377,8 +377,8 @@ def hardest(
 ) -> tuple[Tensor, Tensor]:
     """Return the images and labels, leaving out the share `easy_share` with the lowest loss.
 
-    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020), and a forward
-    pass takes a third of the time of training on an image.
+    Most images soon have little left to teach (ordered SGD: Kawaguchi and Lu 2020). To find them
+    takes a forward pass, a third of the time of training on them; to leave them out saves the rest.
     """
     losses = F.cross_entropy(model(images), labels, reduction="none")
     n_hard = len(losses) - int(easy_share * len(losses))
@@ -389,8 +389,9 @@ def hardest(
 def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distance: float) -> Tensor:
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
-    Pixels may leave [0, 1]. This is the fast gradient sign method (Goodfellow et al. 2015,
-    arXiv:1412.6572). Dropout is on, but drops different features than in the training pass.
+    Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
+    (Goodfellow et al. 2015, arXiv:1412.6572). Dropout is on, but drops other features than in the
+    training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -451,7 +452,7 @@ class Trainer:
         train() ends the run. It can't be ended here: a GPU records this method once and replays it
         (RecordedUpdate), so it must not print or read values.
         """
-        # Trained on hard or adversarial images, the network has a higher loss than in evaluations.
+        # The loss is that of hard or adversarial images, so it is above an evaluation's.
         if self.config.easy_share:
             images, labels = hardest(self.model, images, labels, self.config.easy_share)
         if self.config.adversarial:
@@ -559,7 +560,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    # In mini_vit_augment.py, a signal may end the batches before stop_number is set.
+    # If a signal ended the batches (mini_vit_augment.py), stop_number is still 0.
     return 0 if finished else 128 + max(stop_number, stop.number)
 
 

@@ -1,5 +1,6 @@
 """mini_vit_augment.py: its images, and the worker processes that make them, or fail to."""
 
+import gc
 import os
 import re
 import resource
@@ -125,6 +126,36 @@ def test_a_run_ends_when_the_system_kills_a_worker(start, tmp_path):
     one_line(subprocess.CompletedProcess((), 1, out, err), "num_workers", "DataLoader worker (pid")
 
 
+@pytest.mark.slow
+@linux
+def test_a_pipe_that_is_closed_while_the_first_batch_is_slow(start, tmp_path):
+    """It stops the run after the first step, not before: nothing could be saved then."""
+    slow = {"step, share = key": "step, share = key\n        time.sleep(2.5)"}
+    process = start("mini_vit_augment", *FOREVER, replacing=slow)
+    process.stdout.close()
+    assert process.wait(100) == 128 + signal.SIGPIPE
+    assert "Traceback" not in process.stderr.read()
+    checkpoint = tmp_path / "runs" / "mini_vit_augment" / "checkpoint.pt"
+    assert torch.load(checkpoint, weights_only=True)["iter"] >= 1
+
+
+@pytest.mark.slow
+@linux
+def test_a_process_whose_batches_are_slow_stops_with_the_others(start, tmp_path):
+    """If the second left its step alone, the first could not save."""
+    slow = {"step, share = key": "step, share = key\n        time.sleep(2.5 * self.rank)"}
+    flags = [*FOREVER, "--num_workers", "1"]
+    options = {"processes": 2, "replacing": slow, "start_new_session": True}
+    process = start("mini_vit_augment", *flags, **options)
+    folder = tmp_path / "runs" / "mini_vit_augment"
+    wait_for((folder / "log.csv").exists, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert (folder / "checkpoint.pt").exists(), err
+    assert "stopped; to continue: torchrun" in out
+
+
 @linux
 def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
     process = running(start, tmp_path)
@@ -204,3 +235,4 @@ def test_a_worker_s_bug_keeps_its_traceback_and_its_lack_of_memory_does_not(main
     raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"))
     result = main("mini_vit_augment", *RUN, "--num_workers", "1", status=1)
     one_line(result, "out of memory: lower batch_size")
+    gc.collect()  # DataLoader's iterators end their workers now, not when Python is shutting down

@@ -47,6 +47,7 @@ def test_bad_flags(flags, word, main, monkeypatch):
         ("mini_vit_augment", "--easy_share 1"),
         ("vit", "--easy_share -0.1"),
         ("mini_vit_augment", "--rotation -1"),
+        ("vit", "--scaling 1"),
     ],
 )
 def test_bad_flags_of_the_other_scripts(script, flags, main):
