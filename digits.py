@@ -5,6 +5,7 @@ find_parts finds what is connected; join_parts makes digits of parts; in_rows pu
 order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
 """
 
+import warnings
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,10 +18,11 @@ from skimage.measure import label, regionprops
 from skimage.morphology import reconstruction
 from torch import Tensor
 
-Image.MAX_IMAGE_PIXELS = None  # open_picture has its own limit, and says what to do
 ImageFile.LOAD_TRUNCATED_IMAGES = True  # most of a picture is there without its last bytes
 
 MOST_PIXELS = 180_000_000  # of a file; in colour they take 0.5 GB
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, and refuses twice as many
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 SMALLEST = 4  # pixels of a side; less can't show a digit
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
@@ -76,12 +78,13 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
 
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
     """Return one page of an image file as it is shown: rotated as its EXIF data says."""
-    with Image.open(source) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
+    with open_file(source) as image:
+        if page:
+            image.seek(page)
+        if image.width * image.height > MOST_PIXELS:  # the first page may have been smaller
+            raise ValueError("it has too many pixels: make it smaller")
         if min(image.size) < SMALLEST:
             raise ValueError("there is nothing in it")
-        image.seek(page)
         image.load()
         try:
             return ImageOps.exif_transpose(image)
@@ -91,8 +94,33 @@ def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
 
 def count_pages(source: str | Path | BinaryIO) -> int:
     """Return how many pages or frames an image file has."""
-    with Image.open(source) as image:
+    with open_file(source) as image:
+        if image.format in ("MPO", "PSD"):  # a camera's previews, and layers, are no pages
+            return 1
         return getattr(image, "n_frames", 1)
+
+
+def open_file(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image file; ValueError if it has more than MOST_PIXELS."""
+    try:
+        return Image.open(source)
+    except Image.DecompressionBombError:
+        raise ValueError("it has too many pixels: make it smaller") from None
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """Return a picture with 16 bits of grey, or floats, of any range, in shades from 0 to 255.
+
+    Of LAB, only the lightness is left.
+    """
+    if image.mode == "LAB":
+        return image.getchannel("L")
+    if image.mode[0] not in "IF":
+        return image
+    pixels = np.nan_to_num(np.asarray(image, np.float32))
+    low, high = np.percentile(pixels, (0.1, 99.9))
+    pixels = (pixels - low) / max(high - low, 1e-9) * 255
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def to_gray(image: Image.Image) -> np.ndarray:
@@ -100,13 +128,7 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
     Colour becomes grey along the direction in which strokes differ most from what surrounds them.
     """
-    if image.mode[0] in "IF":  # 16 bits of grey, or floats: any range
-        pixels = np.nan_to_num(np.asarray(image, np.float32))
-        low, high = np.percentile(pixels, (0.1, 99.9))
-        pixels = (pixels - low) / max(high - low, 1e-9) * 255
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if image.mode == "LAB":
-        image = image.getchannel("L")
+    image = in_8_bits(image)
     area = image.width * image.height
     scale = (min(max(area, LEAST_AREA), AREA) / area) ** 0.5
     size = [max(1, round(n * scale)) for n in image.size]
@@ -123,6 +145,13 @@ def to_gray(image: Image.Image) -> np.ndarray:
     strokes = (some - blurred(some)).reshape(-1, 3)
     direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
     return colour @ (direction / abs(direction).sum() * np.sign(direction.sum() or 1))
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture to be looked at: what is transparent becomes white."""
+    image = in_8_bits(image).convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image).convert("RGB")
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import os
 import re
 import select
 import socket
+import socketserver
 import sys
 import threading
 import webbrowser
@@ -116,6 +117,7 @@ class Server(ThreadingHTTPServer):
     """One thread per request, and a worker thread that does all the computing."""
 
     allow_reuse_port = False
+    allow_reuse_address = sys.platform != "win32"  # there, two servers could have one port
 
     def __init__(self, host: str, port: int, runs: dict[str, look.Run]):
         if ":" in host:
@@ -126,6 +128,11 @@ class Server(ThreadingHTTPServer):
         self.runs = runs
         # One core is enough. With more, torch would wait for cores that a training run is using.
         self.worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+
+    def server_bind(self) -> None:
+        """Bind as HTTPServer does, without asking for this machine's name, which may take long."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def url(self, host: str) -> str:
         """Return where a browser finds the page."""
@@ -304,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         parser.error(f"--port must be from 0 to 65535, not {args.port}")
-    folders = [folder.expanduser() for folder in args.runs] or [look.newest_run()]
+    folders = [Path(os.path.expanduser(folder)) for folder in args.runs] or [look.newest_run()]
     try:
         runs = load_runs(folders, args.device)
         serve(open_server(args.host, args.port, runs), args.port, not args.no_browser)

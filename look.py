@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
 RUN_FILES = ("model.pt", "checkpoint.pt", "log.csv")
+FOUND = ".digits.png"  # how the names of pictures end that --show writes
 
 
 # ---------------------------------------------------------------------------- runs
@@ -43,8 +44,10 @@ class Run:
 def load_run(folder: str | Path, data_dir: str | None = None, device: str = "auto") -> Run:
     """Return the run in a folder. End with one line on stderr if it can't be read."""
     path = Path(folder, "model.pt")
-    if not path.exists():
+    if not os.path.exists(path):
         path = Path(folder, "checkpoint.pt")
+    if not os.path.exists(path) and os.path.exists(path.with_name("log.csv")):
+        fail(f"{folder} holds no weights yet: a run saves every five minutes, and when it ends")
     try:
         # mmap leaves the optimizer's averages on the disk.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -66,11 +69,15 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
         model.depth = state["depth"]
     except (TypeError, RuntimeError, ValueError, LookupError, AttributeError) as error:
         fail(f"{path} doesn't fit {name}.py: has the script changed since? ({first_line(error)})")
+    for mapped in ("model", "optimizer", "loss_sum"):  # Windows can't replace a mapped file
+        state.pop(mapped, None)
     return Run(script, config, device, model.eval(), state)
 
 
 def load_script(name: str, path: Path) -> ModuleType:
     """Return the script that made the run saved in `path`, as a module."""
+    if not isinstance(name, str) or Path(name).name != name:  # a file that somebody has prepared
+        fail(f"{path} names no script")
     if name in sys.modules:
         return sys.modules[name]
     script_path = HERE / f"{name}.py"
@@ -87,6 +94,8 @@ def load_script(name: str, path: Path) -> ModuleType:
 def newest_run() -> Path:
     """Return the folder below runs/ that was written last."""
     files = [*Path("runs").glob("*/model.pt"), *Path("runs").glob("*/checkpoint.pt")]
+    if not files and any(Path("runs").glob("*/log.csv")):
+        fail("no run below runs/ has saved yet: they do every five minutes, and at their end")
     if not files:
         fail("there is no run below runs/: train first, or name the run's folder")
     return max(files, key=os.path.getmtime).parent
@@ -94,7 +103,7 @@ def newest_run() -> Path:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's."""
-    return any((folder / name).exists() for name in RUN_FILES)
+    return any(os.path.exists(folder / name) for name in RUN_FILES)
 
 
 # ---------------------------------------------------------------------------- errors
@@ -379,20 +388,29 @@ def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
     for path in paths:
         try:
             n_pages = digits.count_pages(path)
-            for page in range(n_pages):
-                name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
+        except Exception as error:  # Pillow raises many kinds
+            status = say_unread(path, error)
+            continue
+        for page in range(n_pages):
+            name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
+            try:
                 found = digits.read_digits(path, page)
                 say_digits(run, name, [digit.pixels for digit in found])
                 if show:
                     suffix = f"-{page + 1}" if n_pages > 1 else ""
-                    picture = draw_found(digits.open_picture(path, page), found)
-                    print(save_found(picture, f"{path.stem}{suffix}.digits.png", path, folder))
-        except Exception as error:  # Pillow raises many kinds
-            unknown = type(error).__name__ == "UnidentifiedImageError"
-            advice = ": save it as JPEG or PNG" if unknown else ""
-            print(f"look.py: error: {path}: {first_line(error)}{advice}", file=sys.stderr)
-            status = 1
+                    picture = draw_found(digits.in_rgb(digits.open_picture(path, page)), found)
+                    print(save_found(picture, f"{path.stem}{suffix}{FOUND}", path, folder))
+            except Exception as error:
+                status = say_unread(name, error)
     return status
+
+
+def say_unread(name: str | Path, error: Exception) -> int:
+    """Print on stderr why an image could not be read; return 1, the exit status."""
+    unknown = type(error).__name__ == "UnidentifiedImageError"
+    advice = ": save it as JPEG or PNG" if unknown else ""
+    print(f"look.py: error: {name}: {first_line(error)}{advice}", file=sys.stderr)
+    return 1
 
 
 def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
@@ -425,7 +443,7 @@ def draw_found(picture, found: list):
     columns = -(-len(found) // per_column)
     size = (picture.width + columns * tile, max(picture.height, tile))
     sheet = Image.new("RGB", size, "gray")
-    sheet.paste(picture.convert("RGB"))
+    sheet.paste(picture)
     pen = ImageDraw.Draw(sheet)
     for n, digit in enumerate(found):
         left, top, right, bottom = digit.box
@@ -468,15 +486,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     # A file may be called -7.png.
     words = [f"./{word}" if word[0:1] == "-" and Path(word).exists() else word for word in words]
     args = parser.parse_args(words)
-    args.paths = [Path(path).expanduser() for path in args.paths]
+    args.paths = [Path(os.path.expanduser(path)) for path in args.paths]
     return args
 
 
 def images_in(path: Path) -> list[Path]:
-    """Return a file, or the files in a folder."""
-    if not path.is_dir():
+    """Return a file, or the files in a folder, but not those that --show wrote."""
+    if not os.path.isdir(path):
         return [path]
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    except OSError as error:
+        fail(f"can't read {path}: {error.strerror}")
+    files = [file for file in files if not file.name.endswith(FOUND)]
     if not files:
         fail(f"{path} holds neither a run nor an image")
     return files

@@ -124,7 +124,7 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def read_archive(name: str, config: Config) -> Tensor:
     """Return the bytes of one of MNIST's four archives, uint8; gzip checks their CRC."""
-    path = Path(config.data_dir, "MNIST", "raw", f"{name}-ubyte.gz").expanduser()
+    path = expanded(config.data_dir) / "MNIST" / "raw" / f"{name}-ubyte.gz"
     with explained(f"can't read {path}; restore the archive or set --data_dir"):
         content = bytearray(gzip.decompress(path.read_bytes()))
         return torch.frombuffer(content, dtype=torch.uint8)
@@ -490,8 +490,8 @@ class Trainer:
 def train(config: Config, checkpoint: dict | None = None, folder: Path | None = None) -> int:
     """Train, print the results, and return the exit status: 0, or 128 + the number of a signal.
 
-    Training continues from the checkpoint, if there is one. A run without a folder gets a new one
-    after its first step, because a start that fails should leave no trace.
+    Training continues from the checkpoint, if there is one. A run gets its folder after its first
+    step, because a start that fails should leave no trace.
     """
     device, rank, world = set_up(config)
     train_images, train_labels, test_images, test_labels = load_mnist(config)
@@ -508,10 +508,11 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         train_images, train_labels, config, trainer.step, device, rank, world
     )
     no_bar = rank > 0 or not (IN_NOTEBOOK or sys.stderr.isatty())
+    first_step = trainer.step + 1
     stopwatch.restart()
     last_save = time.perf_counter()
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
-        for step, (images, labels) in enumerate(bar, trainer.step + 1):
+        for step, (images, labels) in enumerate(bar, first_step):
             # Dropout depends on seed, step and process alone, so resuming is exact.
             torch.manual_seed(hash((config.seed, step, rank)))
             trainer.set_schedules(step)
@@ -525,8 +526,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             trainer.loss_sum += loss
             trainer.step = step
             trainer.seconds += stopwatch.lap()
-            if rank == 0 and folder is None:
-                folder = new_folder(config)
+            if rank == 0 and step == first_step:
+                folder = claim_folder(folder, config)
 
             # Most steps end here, because reading the loss makes the CPU wait for the GPU.
             evaluating = step % config.eval_interval == 0 or step == config.max_iters
@@ -555,6 +556,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         else:
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
+        if finished or stop_number:  # else this process has stopped alone (mini_vit_augment.py)
+            agree(trainer.loss_sum, world)  # wait: when a process ends, torchrun ends the others
         dist.destroy_process_group()
     # If a signal ended the batches (mini_vit_augment.py), stop_number is still 0.
     return 0 if finished else 128 + max(stop_number, stop.number)
@@ -726,7 +729,7 @@ def say_what_trains(trainer: Trainer) -> None:
 
 # ---------------------------------------------------------------- files
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file with `write`, such that no reader sees, and no crash leaves, half of it.
+    """Write a file with `write`, so that no reader sees half of it, nor does a killed run leave it.
 
     The folder is made again if it has gone. Raise OSError if the file can't be written.
     """
@@ -770,10 +773,11 @@ def save_at_last(trainer: Trainer, folder: Path) -> None:
     """Save when training ends; if the folder can't be written, save elsewhere and fail."""
     if save(trainer, folder):
         return
-    rescue = Path(tempfile.gettempdir(), f"{SCRIPT}-{os.getpid()}")
-    if save(trainer, rescue):
-        fail(f"can't write into {folder}: the run is saved in {rescue} instead")
-    fail(f"can't write into {folder}, nor into {rescue}")
+    with suppress(FileNotFoundError):  # if no directory for temporary files can be written
+        rescue = Path(tempfile.gettempdir(), f"{SCRIPT}-{os.getpid()}")
+        if save(trainer, rescue):
+            fail(f"can't write into {folder}: the run is saved in {rescue} instead")
+    fail(f"can't write into {folder}, nor anywhere else")
 
 
 def write_log(log: list[dict], path: Path) -> None:
@@ -791,33 +795,47 @@ def write_log(log: list[dict], path: Path) -> None:
         say(f"can't write {path} ({first_line(error)}); the next evaluation will try again")
 
 
-def new_folder(config: Config) -> Path:
-    """Make a folder for a new run, note it in config.out_dir, and return it.
+def claim_folder(folder: Path | None, config: Config) -> Path:
+    """Make a run's folder, and log.csv in it, which tells other runs that it is taken.
 
-    It is out_dir or, if that is the default and already holds a run, the next free -2, -3, ...
+    A run without a folder gets out_dir or, if that is the default and already holds a run, the next
+    free -2, -3, ...; it is noted in config.out_dir.
     """
+    if folder:
+        with explained(f"can't write into {folder}"), suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.csv").touch(exist_ok=False)
+        return folder
     wanted = config.out_dir
     for n in range(1, 10_000):
-        folder = Path(wanted if n == 1 else f"{wanted}-{n}").expanduser()
+        folder = expanded(wanted if n == 1 else f"{wanted}-{n}")
         with explained(f"can't write into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             try:  # of two runs that start at once, one gets the folder
+                if any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
+                    raise FileExistsError  # log.csv may not have been copied with them
                 (folder / "log.csv").touch(exist_ok=False)
-                config.out_dir = str(folder)
+                config.out_dir = folder.as_posix()
                 remember_folder(folder)
                 return folder
             except FileExistsError:
                 if wanted != Config.out_dir:
-                    fail(f"{folder} holds a run: add --resume, or choose another --out_dir")
+                    fail(f"{folder} holds a run: add --resume auto, or choose another --out_dir")
         say(f"{folder} holds a run; trying the next")
     fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
 
 
-def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
+def expanded(path: str) -> Path:
+    """Return a path in which ~ is the home directory, if it is known."""
+    return Path(os.path.expanduser(path))
+
+
+def load_checkpoint(folder: Path, given: dict, file="checkpoint.pt") -> tuple[Config, dict]:
     """Return the config and state of the run in a folder; given flags override its config."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        missing = "it is finished" if (folder / "model.pt").exists() else f"there is no {path}"
+    path = folder / file
+    if not os.path.exists(path):
+        finished = os.path.exists(folder / "model.pt")
+        missing = "it is finished" if finished else f"there is no {path}"
         others = sorted(p.parent for p in folder.parent.glob("*/checkpoint.pt"))
         hint = f"; --out_dir can be {', '.join(map(str, others))}" if others else ""
         fail(f"the run in {folder} can't be resumed: {missing}{hint}")
@@ -827,7 +845,7 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
             raise ValueError(f"it is from {state['script']}.py")
         saved = Config(**state["config"])  # fields that are newer than the run get their defaults
         step = state["iter"]
-    config = asdict(saved) | given | {"out_dir": str(folder)}
+    config = asdict(saved) | given | {"out_dir": folder.as_posix()}
     try:
         config = Config(**config)
     except ValueError as error:
@@ -835,7 +853,7 @@ def load_checkpoint(folder: Path, given: dict) -> tuple[Config, dict]:
     for name in given.keys() - MAY_CHANGE:
         if getattr(config, name) != getattr(saved, name):
             fail(f"--{name} can't change on --resume: {path} has {getattr(saved, name)}")
-    if step >= config.max_iters:
+    if step >= config.max_iters and file == "checkpoint.pt":
         fail(f"{path} is already at step {step}: raise --max_iters")
     return config, state
 
@@ -889,7 +907,7 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """Handles signals: the first stops training after the current step, a second one at once.
+    """Handles signals: the first stops training after the current step; Ctrl-C then, at once.
 
     They come from Ctrl-C, from kill, from a terminal that closes, or from a cluster that is about
     to end the job. One that was ignored when the script started (by nohup, say) stays ignored.
@@ -926,9 +944,11 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
-        self.number = number
-        for other, handler in self.previous.items():
-            signal.signal(other, signal.SIG_DFL if AS_SCRIPT else handler)
+        self.number = self.number or number
+        # The others stay handled: a system may send them several times for a single reason.
+        if signal.SIGINT in self.previous:
+            handler = signal.SIG_DFL if AS_SCRIPT else self.previous[signal.SIGINT]
+            signal.signal(signal.SIGINT, handler)
         if not self.at_once:
             return
         if AS_SCRIPT:  # a compiler could turn an exception into its traceback, or swallow it
@@ -1058,12 +1078,13 @@ def start(given: dict) -> int:
         resume = "auto"
     if resume == "no":
         return train(Config(**given))
-    folder = Path(given.get("out_dir", Config.out_dir)).expanduser()
-    if resume == "auto" and (folder / "model.pt").exists():
+    folder = expanded(given.get("out_dir", Config.out_dir))
+    if resume == "auto" and os.path.exists(folder / "model.pt"):
+        load_checkpoint(folder, given, "model.pt")  # it fails if another seed, say, is asked for
         say(f"{folder} holds a finished run: there is nothing to do")
         return 0
-    if resume == "auto" and not (folder / "checkpoint.pt").exists():
-        return train(Config(**given | {"out_dir": str(folder)}), folder=folder)
+    if resume == "auto" and not os.path.exists(folder / "checkpoint.pt"):
+        return train(Config(**given | {"out_dir": folder.as_posix()}), folder=folder)
     config, checkpoint = load_checkpoint(folder, given)
     return train(config, checkpoint, folder)
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -106,8 +107,32 @@ def test_there_is_nothing_in_a_picture_of_a_few_pixels(size, tmp_path):
 
 def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
     path = save(Image.new("1", (20_000, 20_000)), tmp_path / "huge.png")
-    with pytest.raises(ValueError, match=r"20000 x 20000 pixels.*make it smaller"):
+    with pytest.raises(ValueError, match=r"too many pixels: make it smaller"):
         digits.read_digits(path)
+
+
+def test_neither_an_icon_nor_a_later_page_hides_a_huge_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(digits, "MOST_PIXELS", 10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    inside = io.BytesIO()
+    Image.new("1", (300, 300)).save(inside, "PNG")
+    inside = inside.getvalue()
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
+    for count_or_read in (digits.count_pages, digits.read_digits):
+        with pytest.raises(ValueError, match="too many pixels"):
+            count_or_read(io.BytesIO(icon))
+    pages = [Image.new("L", (20, 20)), Image.new("L", (300, 300))]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match="too many pixels"):
+        digits.read_digits(tmp_path / "pages.tif", 1)
+
+
+def test_a_camera_s_preview_is_no_page(tmp_path):
+    photo, preview = Image.new("RGB", (90, 90)), Image.new("RGB", (30, 30))
+    photo.save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[preview])
+    with Image.open(tmp_path / "photo.jpg") as image:
+        assert image.n_frames == 2
+    assert digits.count_pages(tmp_path / "photo.jpg") == 1
 
 
 @pytest.mark.slow

@@ -179,18 +179,62 @@ def test_what_cannot_be_looked_at_is_one_line(finished, tmp_path):
     one_line(error_of("empty"), "empty", "neither a run nor an image")
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "log.csv").touch()
-    one_line(error_of("lost"), "lost/checkpoint.pt", "missing")
+    one_line(error_of("lost"), "lost", "no weights yet")
+    one_line(error_of("lost", "nowhere.png"), "lost", "no weights yet")
     state = torch.load(finished / "model.pt", weights_only=True)
     torch.save(state | {"script": "gone"}, finished / "model.pt")
     one_line(error_of(), "gone.py", "beside look.py")
+    (finished / "gone.py").write_text("raise SystemExit('this must not run')")
+    for elsewhere in (str(finished / "gone"), "runs/mini_vit/gone", ["gone"]):
+        torch.save(state | {"script": elsewhere}, finished / "model.pt")
+        one_line(error_of(), "names no script")
     torch.save(state | {"model": {}}, finished / "model.pt")
     one_line(error_of(), "mini_vit.py", "changed")
     torch.save(state | {"config": {"other": 1}}, finished / "model.pt")
     one_line(error_of(), "mini_vit.py", "changed")
     (finished / "model.pt").write_bytes(b"half")
     one_line(error_of(), "model.pt", "damaged")
+    (finished / "model.pt").unlink()
+    one_line(error_of(), "no run below runs/ has saved yet")
     shutil.rmtree(finished)
-    one_line(error_of(), "no run below runs/")
+    one_line(error_of(), "there is no run below runs/")
+
+
+def test_a_blank_page_hides_no_other_and_what_show_wrote_is_not_read(finished, tmp_path, capfd):
+    one = tmp_path / "one.png"
+    picture_of_a_one(one)
+    (tmp_path / "scans").mkdir()
+    with Image.open(one) as page:
+        pages = [Image.new("L", page.size, 230), page.copy()]
+    pages[0].save(tmp_path / "scans" / "scan.tif", save_all=True, append_images=[page, pages[0]])
+    for _ in range(2):
+        assert look.main(["--device", "cpu", "--show", "scans"]) == 1
+        out, err = capfd.readouterr()
+        assert "scan.tif, page 2 of 3   " in out
+        assert [line.rpartition("scans/")[2] for line in err.splitlines()] == [
+            "scan.tif, page 1 of 3: there is nothing in it",
+            "scan.tif, page 3 of 3: there is nothing in it",
+        ]
+    assert {path.name for path in (tmp_path / "scans").iterdir()} == {
+        "scan.tif",
+        "scan-2.digits.png",
+    }
+
+
+@pytest.mark.parametrize("kind", ["transparent", "16 bits"])
+def test_what_show_writes_looks_like_the_picture(kind, finished, tmp_path):
+    """Dark ink on bright paper, though there is none in the file, or in another range."""
+    pixels = np.full((90, 90), 40_000, np.uint16)
+    pixels[20:70, 42:48] = 9_000
+    picture = Image.fromarray(pixels)
+    if kind == "transparent":
+        picture = Image.new("RGBA", (90, 90))
+        picture.paste("black", (42, 20, 48, 70))
+    picture.save(tmp_path / "one.png")
+    assert look.main(["--device", "cpu", "--show", "one.png"]) == 0
+    with Image.open(tmp_path / "one.digits.png") as shown:
+        paper, ink = shown.getpixel((80, 80)), shown.getpixel((45, 45))
+    assert min(paper) > 200 and max(ink) < 60
 
 
 # ---------------------------------------------------------------- several runs

@@ -238,6 +238,32 @@ def test_a_named_folder_that_holds_a_run_is_refused(main, tmp_path):
     assert_same(weights(tmp_path / "mine"), before)
 
 
+@pytest.mark.parametrize("left", ["model.pt", "checkpoint.pt"])
+def test_a_model_that_was_copied_without_its_log_is_not_overwritten(left, main, tmp_path):
+    (tmp_path / "runs" / "mini_vit").mkdir(parents=True)
+    (tmp_path / "runs" / "mini_vit" / left).write_text("precious")
+    assert "runs/mini_vit holds a run" in main("mini_vit", *RUN).stdout
+    assert (tmp_path / "runs" / "mini_vit" / left).read_text() == "precious"
+    assert (tmp_path / "runs" / "mini_vit-2" / "model.pt").exists()
+
+
+def test_resume_auto_claims_its_folder_after_the_first_step(main, signal_at, tmp_path):
+    """Before the first evaluation, too, nobody else may take it."""
+    signal_at(mini_vit, 5)
+    main("mini_vit", *RUN, "--eval_interval", "20", "--resume", "auto", status=143)
+    assert {path.name for path in (tmp_path / "runs" / "mini_vit").iterdir()} == {
+        "checkpoint.pt",
+        "log.csv",
+    }
+
+
+def test_resume_auto_refuses_another_seed_when_the_run_is_finished_too(main):
+    main("mini_vit", *RUN, "--resume", "auto")
+    assert "nothing to do" in main("mini_vit", *RUN, "--resume", "auto").stdout
+    again = main("mini_vit", *RUN, "--resume", "auto", "--seed", "2", status=1)
+    one_line(again, "--seed can't change", "model.pt has 1")
+
+
 def test_resume_guesses_nothing(main, signal_at, tmp_path):
     """It continues the run in out_dir, whatever the dates of files say, and hints at others."""
     for out_dir in ("runs/mini_vit", "runs/mini_vit-2"):

@@ -71,6 +71,42 @@ def test_warnings_stop_a_run_as_sigterm_does(name, start, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_that_the_system_repeats_loses_nothing(start, tmp_path):
+    """A closed terminal's SIGHUP comes twice, SIGXCPU each second; `timeout` adds a SIGCONT."""
+    saving = {
+        "    state = trainer.state_dict()": "    time.sleep(2)\n    state = trainer.state_dict()"
+    }
+    process = start("mini_vit", *FOREVER, replacing=saving)
+    wait_for(log_of(tmp_path).exists, process)
+    for number in (signal.SIGHUP, signal.SIGCONT, signal.SIGHUP, signal.SIGXCPU, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGHUP, "")
+    assert (tmp_path / "runs" / "mini_vit" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_ends_no_process_that_still_saves(rank, start, tmp_path):
+    """It does so as soon as one process ends with an error."""
+    saving = {
+        "    state = trainer.state_dict()": "    time.sleep(3)\n    state = trainer.state_dict()"
+    }
+    process = start("mini_vit", *FOREVER, processes=2, replacing=saving, start_new_session=True)
+    wait_for(log_of(tmp_path).exists, process)
+    workers = {}
+    for pid in children(process):
+        with open(f"/proc/{pid}/environ") as environment:
+            variables = dict(line.split("=", 1) for line in environment.read().split("\0") if line)
+        workers[int(variables["RANK"])] = pid
+    os.kill(workers[rank], signal.SIGUSR1)
+    out, err = process.communicate(timeout=100)
+    assert {path.name for path in log_of(tmp_path).parent.iterdir()} == {"checkpoint.pt", "log.csv"}
+    assert "stopped; to continue: torchrun" in out, err
+
+
+@pytest.mark.slow
 def test_what_nohup_ignores_stays_ignored(start, tmp_path):
     process = start("mini_vit", *FOREVER, preexec_fn=ignore_interrupts)
     wait_for(log_of(tmp_path).exists, process)
@@ -91,7 +127,9 @@ def ignore_interrupts():
 def test_a_second_signal_of_another_kind_ends_a_run_at_once(start, tmp_path):
     """During a step that never ends: here, a worker is suspended."""
     flags = [*TINY["mini_vit_augment"], *SHORT, "--num_workers", "1", "--max_iters", "1000000"]
-    replacing = {"            if stop.requested():\n                break\n": ""}
+    replacing = {
+        "            if stop.requested() and not stop.at_once:\n                break\n": ""
+    }
     process = start("mini_vit_augment", *flags, replacing=replacing)
     wait_for(log_of(tmp_path, "mini_vit_augment").exists, process)
     os.kill(children(process)[0], signal.SIGSTOP)
