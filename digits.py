@@ -148,9 +148,12 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture to be looked at: what is transparent becomes white."""
+    """Return a picture to be looked at: what is transparent contrasts with what is drawn."""
     image = in_8_bits(image).convert("RGBA")
-    paper = Image.new("RGBA", image.size, "white")
+    pixels = np.asarray(image.reduce(max(1, min(image.size) // 500)), np.float32) / 255
+    alpha = pixels[..., 3:]
+    dark = (pixels[..., :3] * alpha).mean() < 0.5 * alpha.mean()
+    paper = Image.new("RGBA", image.size, "white" if dark else "black")
     return Image.alpha_composite(paper, image).convert("RGB")
 
 

@@ -801,9 +801,10 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
     free -2, -3, ...; it is noted in config.out_dir.
     """
     if folder:
-        with explained(f"can't write into {folder}"), suppress(FileExistsError):
+        with explained(f"can't write into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "log.csv").touch(exist_ok=False)
+            with suppress(FileExistsError):
+                (folder / "log.csv").touch(exist_ok=False)
         return folder
     wanted = config.out_dir
     for n in range(1, 10_000):
@@ -819,7 +820,9 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
                 return folder
             except FileExistsError:
                 if wanted != Config.out_dir:
-                    fail(f"{folder} holds a run: add --resume auto, or choose another --out_dir")
+                    resumable = (folder / "checkpoint.pt").exists()
+                    advice = "add --resume, or choose" if resumable else "choose"
+                    fail(f"{folder} holds a run: {advice} another --out_dir")
         say(f"{folder} holds a run; trying the next")
     fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
 

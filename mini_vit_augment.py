@@ -330,17 +330,18 @@ def next_batch(batches: Iterator) -> int | None:
 
     Fail if no batch has come after a minute.
     """
+    # Several processes stop together, after a step; but torchrun kills them after 30 seconds.
+    patience = 15 if dist.is_initialized() else 0
     for _ in range(60):
         try:
             return next(batches, None)
         except RuntimeError as error:
             timed_out = "DataLoader timed out" in str(error)  # it does each second
-            # Before the first step, there is nothing to save; several processes stop together.
-            if timed_out and (stop.at_once or dist.is_initialized()):
-                continue
-            if stop.requested() and not stop.at_once:
-                break
-            if not timed_out:
+            if stop.requested() and not stop.at_once:  # before the first step, nothing can be saved
+                if not timed_out or patience == 0:
+                    break
+                patience -= 1
+            elif not timed_out:
                 raise
     for worker in multiprocessing.active_children():
         worker.kill()  # at exit, Python would wait for a stuck one
@@ -1019,9 +1020,10 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
     free -2, -3, ...; it is noted in config.out_dir.
     """
     if folder:
-        with explained(f"can't write into {folder}"), suppress(FileExistsError):
+        with explained(f"can't write into {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "log.csv").touch(exist_ok=False)
+            with suppress(FileExistsError):
+                (folder / "log.csv").touch(exist_ok=False)
         return folder
     wanted = config.out_dir
     for n in range(1, 10_000):
@@ -1037,7 +1039,9 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
                 return folder
             except FileExistsError:
                 if wanted != Config.out_dir:
-                    fail(f"{folder} holds a run: add --resume auto, or choose another --out_dir")
+                    resumable = (folder / "checkpoint.pt").exists()
+                    advice = "add --resume, or choose" if resumable else "choose"
+                    fail(f"{folder} holds a run: {advice} another --out_dir")
         say(f"{folder} holds a run; trying the next")
     fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
 

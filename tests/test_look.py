@@ -221,19 +221,21 @@ def test_a_blank_page_hides_no_other_and_what_show_wrote_is_not_read(finished, t
     }
 
 
-@pytest.mark.parametrize("kind", ["transparent", "16 bits"])
+@pytest.mark.parametrize("kind", ["black on nothing", "white on nothing", "16 bits"])
 def test_what_show_writes_looks_like_the_picture(kind, finished, tmp_path):
-    """Dark ink on bright paper, though there is none in the file, or in another range."""
+    """Ink and paper differ, though there is no paper in the file, or in another range."""
     pixels = np.full((90, 90), 40_000, np.uint16)
     pixels[20:70, 42:48] = 9_000
     picture = Image.fromarray(pixels)
-    if kind == "transparent":
+    if kind != "16 bits":
         picture = Image.new("RGBA", (90, 90))
-        picture.paste("black", (42, 20, 48, 70))
+        picture.paste(kind.split()[0], (42, 20, 48, 70))
     picture.save(tmp_path / "one.png")
     assert look.main(["--device", "cpu", "--show", "one.png"]) == 0
     with Image.open(tmp_path / "one.digits.png") as shown:
         paper, ink = shown.getpixel((80, 80)), shown.getpixel((45, 45))
+    if kind == "white on nothing":
+        paper, ink = ink, paper
     assert min(paper) > 200 and max(ink) < 60
 
 

@@ -226,16 +226,17 @@ def test_run_again_goes_to_the_next_free_folder(main, tmp_path):
     assert_same(weights(tmp_path / "runs" / "mini_vit"), before)
 
 
-def test_a_named_folder_that_holds_a_run_is_refused(main, tmp_path):
+def test_a_named_folder_that_holds_a_run_is_refused(main, signal_at, tmp_path):
     main("mini_vit", *RUN, "--out_dir", "mine")
     before = weights(tmp_path / "mine")
-    one_line(
-        main("mini_vit", *RUN, "--seed", "2", "--out_dir", "mine", status=1),
-        "mine",
-        "--resume",
-        "--out_dir",
-    )
+    again = main("mini_vit", *RUN, "--seed", "2", "--out_dir", "mine", status=1)
+    one_line(again, "mine holds a run: choose another --out_dir")
     assert_same(weights(tmp_path / "mine"), before)
+    calm = signal_at(mini_vit, 5)
+    main("mini_vit", *RUN, "--out_dir", "stopped", status=143)
+    calm()
+    again = main("mini_vit", *RUN, "--out_dir", "stopped", status=1)
+    one_line(again, "stopped holds a run: add --resume, or choose another --out_dir")
 
 
 @pytest.mark.parametrize("left", ["model.pt", "checkpoint.pt"])
