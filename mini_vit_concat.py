@@ -777,7 +777,7 @@ def save_at_last(trainer: Trainer, folder: Path) -> None:
         rescue = Path(tempfile.gettempdir(), f"{SCRIPT}-{os.getpid()}")
         if save(trainer, rescue):
             fail(f"can't write into {folder}: the run is saved in {rescue} instead")
-    fail(f"can't write into {folder}, nor anywhere else")
+    fail(f"can't write into {folder}, nor into a temporary directory")
 
 
 def write_log(log: list[dict], path: Path) -> None:

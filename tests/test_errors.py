@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(main, start, run, signal_at, tmp_p
     one_line(result, "can't write into runs/mini_vit, nor into")
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.tmp"))
+
+
+def test_no_directory_at_all_that_can_be_written_is_one_line(main, monkeypatch):
+    def gettempdir():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(mini_vit, "tempfile", SimpleNamespace(gettempdir=gettempdir))
+    monkeypatch.setattr(mini_vit, "save", lambda trainer, folder: False)
+    one_line(main("mini_vit", *RUN, status=1), "can't write into runs/mini_vit, nor into")
 
 
 @pytest.mark.parametrize("again", [True, False])
