@@ -135,12 +135,7 @@ def to_gray(image: Image.Image) -> np.ndarray:
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
     image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
-    pixels = np.asarray(image, np.float32) / 255
-    colour = pixels[..., :3]
-    alpha = pixels[..., 3:]
-    drawn = colour * alpha
-    paper = drawn.mean() < 0.5 * alpha.mean()  # what is transparent contrasts with what is drawn
-    colour = drawn + paper * (1 - alpha)
+    colour = on_paper(np.asarray(image, np.float32) / 255)
     some = colour[::2, ::2]
     strokes = (some - blurred(some)).reshape(-1, 3)
     direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
@@ -149,12 +144,22 @@ def to_gray(image: Image.Image) -> np.ndarray:
 
 def in_rgb(image: Image.Image) -> Image.Image:
     """Return a picture to be looked at: what is transparent contrasts with what is drawn."""
-    image = in_8_bits(image).convert("RGBA")
-    pixels = np.asarray(image.reduce(max(1, min(image.size) // 500)), np.float32) / 255
+    image = in_8_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    colour = on_paper(np.asarray(image.convert("RGBA"), np.float32) / 255)
+    return Image.fromarray((255 * colour).round().astype(np.uint8))
+
+
+def on_paper(pixels: np.ndarray) -> np.ndarray:
+    """Return the colours (H, W, 3) of pixels (H, W, 4), on paper that contrasts with what is drawn.
+
+    All are from 0 to 1. What is transparent becomes white paper or black.
+    """
     alpha = pixels[..., 3:]
-    dark = (pixels[..., :3] * alpha).mean() < 0.5 * alpha.mean()
-    paper = Image.new("RGBA", image.size, "white" if dark else "black")
-    return Image.alpha_composite(paper, image).convert("RGB")
+    drawn = pixels[..., :3] * alpha
+    paper = drawn.mean() < 0.5 * alpha.mean()
+    return drawn + paper * (1 - alpha)
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:

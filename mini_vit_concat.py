@@ -350,7 +350,7 @@ def evaluate(
 ) -> tuple[float, Tensor]:
     """Return the mean cross-entropy over all N images and the probabilities (N, 10).
 
-    The model is in eval mode meanwhile, and then in the mode that it was in.
+    The model is switched to eval mode, and back at the end.
     """
     was_training = model.training
     model.eval()
@@ -729,7 +729,7 @@ def say_what_trains(trainer: Trainer) -> None:
 
 # ---------------------------------------------------------------- files
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file with `write`, so that no reader sees half of it, nor does a killed run leave it.
+    """Write a file with `write`, so that nobody ever reads half of it, even if the run is killed.
 
     The folder is made again if it has gone. Raise OSError if the file can't be written.
     """
@@ -802,30 +802,36 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
     free -2, -3, ...; it is noted in config.out_dir.
     """
     if folder:
-        with explained(f"can't write into {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                (folder / "log.csv").touch(exist_ok=False)
+        start_log(folder)
         return folder
     wanted = config.out_dir
     for n in range(1, 10_000):
         folder = expanded(wanted if n == 1 else f"{wanted}-{n}")
-        with explained(f"can't write into {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:  # of two runs that start at once, one gets the folder
-                if any((folder / name).exists() for name in ("model.pt", "checkpoint.pt")):
-                    raise FileExistsError  # log.csv may not have been copied with them
-                (folder / "log.csv").touch(exist_ok=False)
-                config.out_dir = folder.as_posix()
-                remember_folder(folder)
-                return folder
-            except FileExistsError:
-                if wanted != Config.out_dir:
-                    resumable = (folder / "checkpoint.pt").exists()
-                    advice = "add --resume, or choose" if resumable else "choose"
-                    fail(f"{folder} holds a run: {advice} another --out_dir")
+        resumable = os.path.exists(folder / "checkpoint.pt")
+        finished = os.path.exists(folder / "model.pt")
+        if not resumable and not finished and start_log(folder):
+            config.out_dir = folder.as_posix()
+            remember_folder(folder)
+            return folder
+        if wanted != Config.out_dir:
+            advice = "add --resume, or choose" if resumable else "choose"
+            fail(f"{folder} holds a run: {advice} another --out_dir")
         say(f"{folder} holds a run; trying the next")
     fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
+
+
+def start_log(folder: Path) -> bool:
+    """Make a folder with an empty log.csv; return whether there was none before.
+
+    Of two runs that do so at once, one gets True.
+    """
+    with explained(f"can't write into {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "log.csv").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def expanded(path: str) -> Path:
@@ -910,10 +916,10 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """Handles signals: the first stops training after the current step; Ctrl-C then, at once.
+    """Stops training after the current step at the first signal, at once at a Ctrl-C after it.
 
-    They come from Ctrl-C, from kill, from a terminal that closes, or from a cluster that is about
-    to end the job. One that was ignored when the script started (by nohup, say) stays ignored.
+    Signals come from Ctrl-C, from kill, from a terminal that closes, or from a cluster about to end
+    the job. One that was ignored when the script started (by nohup, say) stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
