@@ -872,7 +872,11 @@ MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "d
 
 def resume_command(config: Config, world: int) -> str:
     """Return the command that resumes a run."""
-    launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+    launch = "python"
+    if world > 1:
+        launch = f"torchrun --standalone --nproc_per_node={world}"
+        if os.environ["LOCAL_WORLD_SIZE"] != str(world):
+            launch = "on every node, torchrun with its flags as before, then"
     path = sys.argv[0] if Path(sys.argv[0]).name == FILE.name else FILE.name
     return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
 
@@ -1103,7 +1107,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_flags(argv)
     out_of_memory = "MemoryError|(allocate|out of) memory"
     try:
-        with stop, explained("out of memory: lower batch_size", out_of_memory):
+        with stop, explained("out of memory: start again with a lower batch_size", out_of_memory):
             return start(given)
     except KeyboardInterrupt:
         say("stopped at once; to continue from the last checkpoint: --resume")

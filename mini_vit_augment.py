@@ -298,7 +298,7 @@ def training_batches(
             batch_size=None,  # the dataset makes whole batches
             sampler=shares(),
             num_workers=num_workers,
-            worker_init_fn=leave_group,
+            worker_init_fn=ignore_signals,
             prefetch_factor=1,  # a worker that is ahead would need more slots
             timeout=1,  # second; next_batch looks for signals in between
         )
@@ -351,12 +351,15 @@ def next_batch(batches: Iterator) -> int | None:
     return None
 
 
-def leave_group(worker: int) -> None:
-    """Keep Ctrl-C and a closed terminal from a worker; end it if the training process dies."""
-    for number in stop.previous:
-        signal.signal(number, signal.SIG_DFL)
-    with suppress(AttributeError):  # not every system has these
-        os.setsid()
+def ignore_signals(worker: int) -> None:
+    """Keep the signals that stop a run from a worker; end it if the training process dies.
+
+    Terminals and clusters send them to all processes, but the last step needs its batch.
+    """
+    for name in Stop.NAMES:
+        if hasattr(signal, name):  # Windows has few of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
 
 
@@ -1093,7 +1096,11 @@ MAY_CHANGE.add("num_workers")
 
 def resume_command(config: Config, world: int) -> str:
     """Return the command that resumes a run."""
-    launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+    launch = "python"
+    if world > 1:
+        launch = f"torchrun --standalone --nproc_per_node={world}"
+        if os.environ["LOCAL_WORLD_SIZE"] != str(world):
+            launch = "on every node, torchrun with its flags as before, then"
     path = sys.argv[0] if Path(sys.argv[0]).name == FILE.name else FILE.name
     return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
 
@@ -1324,7 +1331,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_flags(argv)
     out_of_memory = "MemoryError|(allocate|out of) memory"
     try:
-        with stop, explained("out of memory: lower batch_size", out_of_memory):
+        with stop, explained("out of memory: start again with a lower batch_size", out_of_memory):
             return start(given)
     except KeyboardInterrupt:
         say("stopped at once; to continue from the last checkpoint: --resume")

@@ -153,9 +153,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def children(process) -> list[int]:
+def children(pid: int) -> list[int]:
     """Return the ids of a process's children (Linux)."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(n) for n in listed.split()]
 
 

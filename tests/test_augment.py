@@ -112,7 +112,7 @@ def running(start, tmp_path, **options):
     """Return a run with two workers, once it trains."""
     process = start("mini_vit_augment", *FOREVER, start_new_session=True, **options)
     wait_for((tmp_path / "runs" / "mini_vit_augment" / "log.csv").exists, process)
-    assert len(children(process)) == 2
+    assert len(children(process.pid)) == 2
     return process
 
 
@@ -120,7 +120,7 @@ def running(start, tmp_path, **options):
 @linux
 def test_a_run_ends_when_the_system_kills_a_worker(start, tmp_path):
     process = running(start, tmp_path)
-    os.kill(children(process)[0], signal.SIGKILL)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     one_line(subprocess.CompletedProcess((), 1, out, err), "num_workers", "DataLoader worker (pid")
@@ -141,8 +141,9 @@ def test_a_pipe_that_is_closed_while_the_first_batch_is_slow(start, tmp_path):
 
 @pytest.mark.slow
 @linux
-def test_a_process_whose_batches_are_slow_stops_with_the_others(start, tmp_path):
-    """If the second left its step alone, the first could not save."""
+@pytest.mark.parametrize("to", ["torchrun", "all processes"])
+def test_a_process_whose_batches_are_slow_stops_with_the_others(to, start, tmp_path):
+    """If the second left its step alone, the first could not save. Clusters signal workers, too."""
     slow = {"step, share = key": "step, share = key\n        time.sleep(2.5 * self.rank)"}
     flags = [*FOREVER, "--num_workers", "1"]
     options = {"processes": 2, "replacing": slow, "start_new_session": True}
@@ -150,7 +151,13 @@ def test_a_process_whose_batches_are_slow_stops_with_the_others(start, tmp_path)
     folder = tmp_path / "runs" / "mini_vit_augment"
     wait_for((folder / "log.csv").exists, process)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
+    processes = [process.pid]
+    if to == "all processes":
+        processes += children(process.pid)
+        processes += [worker for pid in processes[1:] for worker in children(pid)]
+        assert len(processes) == 5
+    for pid in reversed(processes):  # workers first
+        os.kill(pid, signal.SIGTERM)
     out, err = process.communicate(timeout=100)
     assert (folder / "checkpoint.pt").exists(), err
     assert "stopped; to continue: torchrun" in out
@@ -159,7 +166,7 @@ def test_a_process_whose_batches_are_slow_stops_with_the_others(start, tmp_path)
 @linux
 def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
     process = running(start, tmp_path)
-    workers = children(process)
+    workers = children(process.pid)
     process.kill()
     process.wait()
     time.sleep(1)
@@ -174,7 +181,7 @@ def test_workers_end_with_a_training_process_that_is_killed(start, tmp_path):
 def test_data_that_never_comes_ends_the_run(number, status, start, tmp_path):
     """A signal ends the waiting, and loses nothing; without one, 60 seconds do (here 3)."""
     process = running(start, tmp_path, replacing={} if number else {"range(60)": "range(3)"})
-    for pid in children(process):
+    for pid in children(process.pid):
         os.kill(pid, signal.SIGSTOP)
     time.sleep(2)
     if number:
@@ -234,5 +241,5 @@ def test_a_worker_s_bug_keeps_its_traceback_and_its_lack_of_memory_does_not(main
             main("mini_vit_augment", *RUN, "--num_workers", "1")
     raising(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"))
     result = main("mini_vit_augment", *RUN, "--num_workers", "1", status=1)
-    one_line(result, "out of memory: lower batch_size")
+    one_line(result, "out of memory: start again with a lower batch_size")
     gc.collect()  # DataLoader's iterators end their workers now, not when Python is shutting down

@@ -296,7 +296,7 @@ def test_out_of_memory_names_batch_size_and_leaves_no_trace(tmp_path):
     options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
     result = subprocess.run(command, **options, capture_output=True, text=True)
     assert result.returncode == 1
-    one_line(result, "out of memory: lower batch_size")
+    one_line(result, "out of memory: start again with a lower batch_size")
     assert not list(tmp_path.iterdir())
 
 

@@ -167,6 +167,20 @@ def test_two_agents_train_together(start, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "world, local, launch",
+    [
+        (1, "1", "python mini_vit.py --resume"),
+        (4, "4", "torchrun --standalone --nproc_per_node=4 mini_vit.py --resume"),
+        (4, "2", "on every node, torchrun with its flags as before, then mini_vit.py --resume"),
+    ],
+)
+def test_the_command_that_resumes_a_run(world, local, launch, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    command = mini_vit.resume_command(mini_vit.Config(out_dir="runs/my run"), world)
+    assert command == f"{launch} --out_dir 'runs/my run'"
+
+
+@pytest.mark.parametrize(
     "script, flag",
     [(script, "--adversarial=0.1") for script in SCRIPTS]
     + [("mini_vit_augment", "--easy_share=0.75"), ("vit", "--easy_share=0.75")],
@@ -201,7 +215,7 @@ def test_ctrl_c_stops_two_processes_and_one_goes_on(start, main, tmp_path):
 def test_a_process_that_dies_ends_the_run(start, tmp_path):
     process = start("mini_vit", *RUN, "--max_iters", "100000", processes=2)
     wait_for((tmp_path / "runs" / "mini_vit" / "log.csv").exists, process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
 

@@ -96,7 +96,7 @@ def test_torchrun_ends_no_process_that_still_saves(rank, start, tmp_path):
     process = start("mini_vit", *FOREVER, processes=2, replacing=saving, start_new_session=True)
     wait_for(log_of(tmp_path).exists, process)
     workers = {}
-    for pid in children(process):
+    for pid in children(process.pid):
         with open(f"/proc/{pid}/environ") as environment:
             variables = dict(line.split("=", 1) for line in environment.read().split("\0") if line)
         workers[int(variables["RANK"])] = pid
@@ -134,7 +134,7 @@ def test_a_second_signal_of_another_kind_ends_a_run_at_once(start, tmp_path):
     replacing = {"if stop.requested() and not stop.at_once:": "if False:"}
     process = start("mini_vit_augment", *flags, replacing=replacing)
     wait_for(log_of(tmp_path, "mini_vit_augment").exists, process)
-    os.kill(children(process)[0], signal.SIGSTOP)
+    os.kill(children(process.pid)[0], signal.SIGSTOP)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     time.sleep(2)
@@ -172,7 +172,7 @@ def test_processes_whose_torchrun_is_killed_stop_and_save(number, tmp_path):
     launch = [*STATIC, f"--master_port={free_port()}"]
     process = torchrun(tmp_path, *FOREVER, launch=launch)  # its pipes end with it
     wait_for(log_of(tmp_path).exists, process)
-    workers = children(process)
+    workers = children(process.pid)
     assert len(workers) == 2
     process.send_signal(number)
     process.wait(60)
@@ -209,7 +209,7 @@ def test_torchrun_starts_a_run_again_when_a_process_dies(with_checkpoint, main, 
     process = subprocess.Popen(command, cwd=tmp_path, **pipes)
     folder = tmp_path / "runs" / "mini_vit-2"
     wait_for((folder / ("checkpoint.pt" if with_checkpoint else "log.csv")).exists, process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=250)
     assert process.returncode == 0, err
     assert ("resuming runs/mini_vit-2" in out) == with_checkpoint
