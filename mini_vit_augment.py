@@ -43,8 +43,8 @@ SAVE_SECONDS = 300  # about the most training time that a crash can cost
 
 
 # ---------------------------------------------------------------- hyperparameters
-# Each field of Config is also a flag, with its comment as the help text. This holds for fields that
-# you add, too: an int, float, bool or str.
+# Each field of Config is also a flag, with its comment as the help text. Fields that you add become
+# flags, too, if they are an int, float, bool or str.
 
 # The defaults of these fields depend on the device: -1 in Config stands for the value here.
 ON_CUDA = {
@@ -167,17 +167,15 @@ def read_archive(name: str, config: Config) -> Tensor:
 def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     """Return the indices (batch_size,) of a step's images; steps count from 1.
 
-    They depend on seed and step alone, so a resumed run sees the same images as an unbroken one.
+    They don't depend on earlier steps, so a resumed run sees the same images as an unbroken one.
     Each pass takes each image once; a batch may end one pass and begin the next.
     """
     begin = (step - 1) * config.batch_size  # images taken before, over all passes
-    end = begin + config.batch_size
-    parts = []
-    for n_pass in range(begin // n_images, (end - 1) // n_images + 1):
-        order = shuffled(n_images, n_pass, config.seed)
-        first = n_pass * n_images  # images taken in the passes before this one
-        parts.append(order[max(begin - first, 0) : end - first])  # what the batch takes of it
-    return torch.cat(parts)
+    last = begin + config.batch_size - 1
+    passes = range(begin // n_images, last // n_images + 1)  # those that the batch takes from
+    order = torch.cat([shuffled(n_images, n_pass, config.seed) for n_pass in passes])
+    first = begin % n_images
+    return order[first : first + config.batch_size]
 
 
 @functools.lru_cache(maxsize=2)  # many steps share a pass
@@ -386,7 +384,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, 10)
-        self.depth = config.n_layers  # blocks in use
+        self.depth = config.n_layers  # blocks in use; Trainer changes it
         self.precision = config.precision  # of matrix products; Trainer replaces "auto"
         self.initialize(config)
 
@@ -453,13 +451,13 @@ class MultiHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # the original's (DFin/ViT); width**-0.5 would be 1
+        self.scale = config.n_embd**-0.5  # as in DFin/ViT; a token's width**-0.5 would be 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores in bfloat16 would be too coarse
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); bfloat16 scores would be too coarse
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
         q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
         out = scalar_attention(q, k, v, self.scale)  # attention_by_the_book, but faster
@@ -477,7 +475,7 @@ def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 # ---------------------------------------------------------------- the same attention, faster
 # Skip this section at first reading. The tests compare it with attention_by_the_book.
 def scalar_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return what attention_by_the_book returns, exact also for scores of ±1000."""
+    """Return what attention_by_the_book returns, accurate even for scores of ±1000."""
     return RankOneAttention.apply(q * scale, k, v)
 
 
@@ -485,7 +483,7 @@ class RankOneAttention(torch.autograd.Function):
     """sum_j softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
 
     The scores of width-1 tokens are an outer product. Let E_ij = exp(t_i k_j - max_j t_i k_j),
-    n = sum_j E_ij and P = E / n. The output is o = Pv. Given its gradient do, the others are:
+    n = sum_j E_ij and P = E / n. The output is o = Pv. From do, the gradient of o, follow:
 
         dt = do * (P(v * k) - o * Pk)
         dv = E^T g and dk = v * E^T(g * t) - E^T(g * o * t), where g = do / n
@@ -496,8 +494,8 @@ class RankOneAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sums_over_keys = sums_on_gpu if t.is_cuda else sums_on_cpu
-        columns = [torch.ones_like(k), v, k, v * k]
-        n, *sums = sums_over_keys(t, k, columns, over_keys=True)
+        vectors = [torch.ones_like(k), v, k, v * k]
+        n, *sums = sums_over_keys(t, k, vectors, over_keys=True)
         o, pk, pvk = (s / n for s in sums)
         ctx.save_for_backward(t, k, v, n, o, pvk - o * pk)
         return o
@@ -507,15 +505,15 @@ class RankOneAttention(torch.autograd.Function):
         t, k, v, n, o, slope = ctx.saved_tensors
         sums_over_queries = sums_on_gpu if t.is_cuda else sums_on_cpu
         g = do / n
-        columns = [g, g * t, g * o * t]
-        a, b, c = sums_over_queries(t, k, columns, over_keys=False)
+        vectors = [g, g * t, g * o * t]
+        a, b, c = sums_over_queries(t, k, vectors, over_keys=False)
         return do * slope, v * b - c, a
 
 
-def sums_on_gpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
-    """For each column c (B, n_head, d_head), return sum_j E_ij c_j, or sum_i if not over_keys.
+def sums_on_gpu(t: Tensor, k: Tensor, vectors: list[Tensor], over_keys: bool) -> list[Tensor]:
+    """For each vector c (B, n_head, d_head), return sum_j E_ij c_j, or sum_i if not over_keys.
 
-    torch.compile fuses all of it, so E (B, n_head, d_head, d_head) never reaches memory.
+    torch.compile, on by default, fuses it: E (B, n_head, d_head, d_head) never reaches memory.
     """
     t = t * math.log2(math.e)  # exp2 takes less time than exp
     largest_score_at = torch.where(t > 0, k.amax(-1, keepdim=True), k.amin(-1, keepdim=True))
@@ -523,10 +521,10 @@ def sums_on_gpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) ->
     weights = exponents.exp2()
     if not over_keys:
         weights = weights.mT
-    return [(weights * c.unsqueeze(-2)).sum(-1) for c in columns]
+    return [(weights * c.unsqueeze(-2)).sum(-1) for c in vectors]
 
 
-def sums_on_cpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) -> list[Tensor]:
+def sums_on_cpu(t: Tensor, k: Tensor, vectors: list[Tensor], over_keys: bool) -> list[Tensor]:
     """Return what sums_on_gpu returns, by matrix products of parts that fit into a CPU's cache."""
     t = t * math.log2(math.e)
     largest = k.amax(-1, keepdim=True)
@@ -535,16 +533,16 @@ def sums_on_cpu(t: Tensor, k: Tensor, columns: list[Tensor], over_keys: bool) ->
     # columns of `rows`, one holds t_i and the other 0.
     rows = torch.stack([t.clamp(min=0), t.clamp(max=0)], -1)  # (B, n_head, i, 2)
     keys = torch.stack([k - largest, k - smallest], -2)  # (B, n_head, 2, j)
-    stacked = torch.stack(columns, -2)  # (B, n_head, columns, d_head)
+    stacked = torch.stack(vectors, -2)  # (B, n_head, vectors, d_head)
     sums = torch.empty_like(stacked)
     n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))
-    parts = zip(*(x.split(n_images) for x in (rows, keys, stacked, sums)), strict=True)
     with torch.autocast(t.device.type, enabled=False):
-        for some_rows, some_keys, some_columns, out in parts:
-            weights = (some_rows @ some_keys).exp2_()  # E
+        for first in range(0, len(t), n_images):
+            part = slice(first, first + n_images)
+            weights = (rows[part] @ keys[part]).exp2_()  # E
             if over_keys:
                 weights = weights.mT
-            out.copy_(some_columns @ weights)  # 4 times as fast on a CPU as weights @ columns
+            sums[part] = stacked[part] @ weights  # 4 times as fast on a CPU as weights @ vectors
     return sums.unbind(-2)
 
 
@@ -583,7 +581,7 @@ def blocks_in_use(step: int, config: Config) -> int:
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
     with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
-    that join so late change little: the first two do nearly all of the learning.
+    that join so late change little: n_layers 2 reaches the same accuracy (RESULTS.md).
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -649,16 +647,15 @@ class Trainer:
         """Set the learning rate and the number of blocks for a step."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(step, self.config))
-        # Never fewer than before: max_iters may have been raised on --resume.
-        depth = max(self.model.depth, blocks_in_use(step, self.config))
-        if depth != self.model.depth:
+        depth = blocks_in_use(step, self.config)
+        if depth > self.model.depth:  # fewer are asked for if max_iters was raised on --resume
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
         # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
-        self.parallel = in_parallel(self.model, self.world)
+        self.parallel = in_parallel(self.model, self.world)  # itself, or DDP of several processes
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
             self.train_on = RecordedUpdate(self.update)  # the same, faster
@@ -666,9 +663,9 @@ class Trainer:
     def update(self, images: Tensor, labels: Tensor) -> Tensor:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
-        If the gradient is not finite, the step ruins the weights; the loss is then nan, so that
-        train() ends the run. It can't be ended here: a GPU records this method once and replays it
-        (RecordedUpdate), so it must not print or read values.
+        A gradient that is not finite ruins the weights; the loss returned is then nan, so that
+        train() ends the run without saving. It can't be ended here: a GPU records this method once
+        and replays it (RecordedUpdate), so it must not print or read values.
         """
         # The loss is that of hard or adversarial images, so it is above an evaluation's.
         if self.config.easy_share:
@@ -731,8 +728,8 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     )
     no_bar = rank > 0 or not (IN_NOTEBOOK or sys.stderr.isatty())
     first_step = trainer.step + 1
-    stopwatch.restart()
-    last_save = time.perf_counter()
+    last_time = time.perf_counter()
+    last_save = trainer.seconds
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
         for step, (images, labels) in enumerate(bar, first_step):
             # Dropout depends on seed, step and process alone, so resuming is exact.
@@ -743,11 +740,10 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             loss = trainer.train_on(images, labels)
             stop.after_the_step()  # from now on, there is something to save when a signal comes
 
-            # Keep count, and see whether a signal asks any process to stop.
+            # Keep count, and see whether a signal to any process asks all to stop.
             loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
-            trainer.seconds += stopwatch.lap()
             if rank == 0 and step == first_step:
                 folder = claim_folder(folder, config)
 
@@ -757,16 +753,18 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
                 continue
             if not trainer.loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate")
-            trainer.seconds += stopwatch.lap()  # the wait for the GPU
+            since = max(last_time, stop.went_on)  # time doesn't count while suspended (Ctrl-Z)
+            last_time = time.perf_counter()
+            trainer.seconds += last_time - since
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
 
             if evaluating and rank == 0:
                 probabilities = log_evaluation(trainer, test_images, test_labels)
                 write_log(trainer.log, folder / "log.csv")
 
-            if rank == 0 and time.perf_counter() - last_save > SAVE_SECONDS:
+            if rank == 0 and trainer.seconds - last_save > SAVE_SECONDS:
                 save(trainer, folder)
-                last_save = time.perf_counter()
+                last_save = trainer.seconds
 
             if stop_number:
                 break
@@ -778,10 +776,10 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         else:
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
-        if finished or stop_number:  # else this process has stopped alone (mini_vit_augment.py)
-            agree(trainer.loss_sum, world)  # wait: when a process ends, torchrun ends the others
+        if finished or stop_number:  # in mini_vit_augment.py, one may also stop by itself
+            agree(trainer.loss_sum, world)  # only to wait: torchrun ends all when one ends
         dist.destroy_process_group()
-    # If a signal ended the batches (mini_vit_augment.py), stop_number is still 0.
+    # stop_number is 0 if a signal ended the batches, which happens in mini_vit_augment.py only.
     return 0 if finished else 128 + max(stop_number, stop.number)
 
 
@@ -834,12 +832,13 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE come from a cluster; ignore them
-        rank = int(os.environ["RANK"])
-        world = int(os.environ["WORLD_SIZE"])
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun may keep one store for all starts, with entries of processes that have died.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         if name.startswith("cuda"):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         backend = "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=fresh_store(), rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         if rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with explained(f"device {name} can't be used"):
@@ -878,7 +877,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 
 def compile_blocks(model: Transformer, config: Config, device: torch.device) -> None:
-    """Compile the blocks one by one: they share their code, so the compiler works only once."""
+    """Compile the blocks one by one: they share their code, so it is compiled only once."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return
     try:
@@ -950,28 +949,26 @@ def say_what_trains(trainer: Trainer) -> None:
 
 
 # ---------------------------------------------------------------- files
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file with `write`, so that nobody ever reads half of it, even if the run is killed.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file that replaces the old one once it is written.
 
-    The folder is made again if it has gone. Raise OSError if the file can't be written.
+    So nobody ever reads half of it, even if the run is killed. The folder is made again if it has
+    gone. Raise OSError if the file can't be replaced.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        for wait in (0.1, 0.3, 1.0, None):  # on Windows, a reader locks a file for a moment
-            try:
+        yield temporary
+        for wait in (0.1, 0.3, 1.0):  # on Windows, a reader locks a file for a moment
+            with suppress(PermissionError):
                 os.replace(temporary, path)
                 return
-            except PermissionError:
-                if wait is None:
-                    raise
-                time.sleep(wait)
-    except RuntimeError as error:  # what torch.save raises when a disk is full
-        raise OSError(first_line(error)) from error
+            time.sleep(wait)
+        os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
@@ -982,10 +979,11 @@ def save(trainer: Trainer, folder: Path) -> bool:
         del state["optimizer"]
         name = "model.pt"
     try:
-        write_whole(folder / name, functools.partial(torch.save, state))
+        with replacing(folder / name) as file:
+            torch.save(state, file)
         if name == "model.pt":
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when a disk is full
         say(f"can't write {folder / name} ({first_line(error)})")
         return False
     return True
@@ -1004,15 +1002,12 @@ def save_at_last(trainer: Trainer, folder: Path) -> None:
 
 def write_log(log: list[dict], path: Path) -> None:
     """Write log.csv, a row per evaluation."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, log[0].keys(), lineterminator="\n")
+    columns = log[-1].keys()  # you may have added some since the run began
+    try:
+        with replacing(path) as new, open(new, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(log)
-
-    try:
-        write_whole(path, write)
     except OSError as error:  # a spreadsheet may have it open
         say(f"can't write {path} ({first_line(error)}); the next evaluation will try again")
 
@@ -1033,7 +1028,9 @@ def claim_folder(folder: Path | None, config: Config) -> Path:
         finished = os.path.exists(folder / "model.pt")
         if not resumable and not finished and start_log(folder):
             config.out_dir = folder.as_posix()
-            remember_folder(folder)
+            if store := torchrun_store():  # for start(), should torchrun start this run again
+                with suppress(RuntimeError):  # torchrun was killed
+                    store.set("out_dir", config.out_dir)
             return folder
         if wanted != Config.out_dir:
             advice = "add --resume, or choose" if resumable else "choose"
@@ -1076,11 +1073,8 @@ def load_checkpoint(folder: Path, given: dict, file="checkpoint.pt") -> tuple[Co
             raise ValueError(f"it is from {state['script']}.py")
         saved = Config(**state["config"])  # fields that are newer than the run get their defaults
         step = state["iter"]
-    config = asdict(saved) | given | {"out_dir": folder.as_posix()}
-    try:
-        config = Config(**config)
-    except ValueError as error:
-        fail(f"with the settings in {path}: {error}")
+    with explained(f"the flags don't fit the settings in {path}"):
+        config = Config(**asdict(saved) | given | {"out_dir": folder.as_posix()})
     for name in given.keys() - MAY_CHANGE:
         if getattr(config, name) != getattr(saved, name):
             fail(f"--{name} can't change on --resume: {path} has {getattr(saved, name)}")
@@ -1105,32 +1099,9 @@ def resume_command(config: Config, world: int) -> str:
     return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
 
 
-def remember_folder(folder: Path) -> None:
-    """Tell torchrun's store, which outlives this process, where the run is."""
-    if store := torchrun_store():
-        with suppress(RuntimeError):  # torchrun was killed
-            store.set("out_dir", str(folder))
-
-
-def remembered_folder() -> str | None:
-    """Return the folder of this run if torchrun has started it again after a process died."""
-    store = torchrun_store()
-    if not store or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        return None
-    return store.get("out_dir").decode() if store.check(["out_dir"]) else None
-
-
-def fresh_store() -> dist.Store | None:
-    """Return torchrun's store without the entries that an earlier start's processes left in it."""
-    store = torchrun_store()
-    if not store:
-        return None
-    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
 @functools.cache
 def torchrun_store() -> dist.Store | None:
-    """Return the store that torchrun itself holds, if it does."""
+    """Return torchrun's own store, which outlives this process; None if it has none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -1154,6 +1125,7 @@ class Stop:
     def __init__(self):
         self.number = 0  # of the signal received, 0 if there is none
         self.at_once = True  # before the first step is done, there is nothing to save
+        self.went_on = 0.0  # when the process last went on after it was suspended (Ctrl-Z)
         self.previous = {}
         self.parent = os.getppid()
 
@@ -1172,8 +1144,7 @@ class Stop:
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self.handle)
         if hasattr(signal, "SIGCONT"):
-            handler = signal.signal(signal.SIGCONT, stopwatch.skip)
-            self.previous[signal.SIGCONT] = handler
+            self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, self.go_on)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
@@ -1192,6 +1163,9 @@ class Stop:
             os._exit(128 + number)
         raise KeyboardInterrupt
 
+    def go_on(self, *_) -> None:
+        self.went_on = time.perf_counter()
+
     def after_the_step(self) -> None:
         """Have signals wait for the end of a step from now on."""
         if self.at_once and dist.is_torchelastic_launched():
@@ -1205,25 +1179,7 @@ class Stop:
         return self.number
 
 
-class Stopwatch:
-    """Measures training time, excluding time spent suspended (Ctrl-Z)."""
-
-    def restart(self) -> float:
-        self.last = time.perf_counter()
-        return self.last
-
-    def lap(self) -> float:
-        """Return the seconds since the last call."""
-        last = self.last
-        return self.restart() - last
-
-    def skip(self, *_) -> None:
-        """Handle the signal that a suspended process gets when it goes on."""
-        self.restart()
-
-
 stop = Stop()
-stopwatch = Stopwatch()
 
 
 # ---------------------------------------------------------------- output and errors
@@ -1308,9 +1264,9 @@ def parse_flags(argv: list[str] | None) -> dict:
 def start(given: dict) -> int:
     """Start a new run or resume one, as the flags say; return the exit status."""
     resume = given.pop("resume")
-    folder = remembered_folder()
-    if folder:
-        given["out_dir"] = folder
+    store = torchrun_store()
+    if store and store.check(["out_dir"]):  # torchrun starts this run again: a process has died
+        given["out_dir"] = store.get("out_dir").decode()
         resume = "auto"
     if resume == "no":
         return train(Config(**given))

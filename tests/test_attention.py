@@ -105,10 +105,10 @@ def test_gradcheck(d_head):
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 @pytest.mark.parametrize("over_keys", [True, False])
 def test_sums_on_a_gpu_are_the_sums_on_a_cpu(over_keys, size, n_images, device):
-    t, k, *columns = torch.randn(6, n_images, 2, 30)
+    t, k, *vectors = torch.randn(6, n_images, 2, 30)
     t = t * size
-    on_cpu = mini_vit.sums_on_cpu(t, k, columns, over_keys)
-    moved = [c.to(device) for c in columns]
+    on_cpu = mini_vit.sums_on_cpu(t, k, vectors, over_keys)
+    moved = [c.to(device) for c in vectors]
     on_gpu = mini_vit.sums_on_gpu(t.to(device), k.to(device), moved, over_keys)
     for a, b in zip(on_cpu, on_gpu, strict=True):
         # The error of an exponent grows with the score.

@@ -214,12 +214,9 @@ def test_two_runs_in_one_folder_never_write_the_same_file(module, tmp_path, monk
     temporary = []
     for process in (1, 2):
         monkeypatch.setattr(module.os, "getpid", lambda process=process: process)
-
-        def write(path):
-            temporary.append(path)
-            path.touch()
-
-        module.write_whole(tmp_path / "log.csv", write)
+        with module.replacing(tmp_path / "log.csv") as file:
+            temporary.append(file)
+            file.touch()
     assert len(set(temporary)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 

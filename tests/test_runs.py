@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,14 +35,16 @@ RUN = [*TINY["mini_vit"], *SHORT]
 def saved_steps(module, monkeypatch) -> list[int]:
     """Return a list that gets the step of every checkpoint that a script writes from now on."""
     steps = []
-    original = module.write_whole
+    original = module.replacing
 
-    def write_whole(path, write):
-        original(path, write)
+    @contextmanager
+    def replacing(path):
+        with original(path) as file:
+            yield file
         if path.name == "checkpoint.pt":
             steps.append(torch.load(path, weights_only=True)["iter"])
 
-    monkeypatch.setattr(module, "write_whole", write_whole)
+    monkeypatch.setattr(module, "replacing", replacing)
     return steps
 
 
@@ -365,6 +368,12 @@ def test_a_checkpoint_follows_after_so_many_seconds(main, monkeypatch):
     steps.clear()
     main("mini_vit", *RUN)
     assert steps == []
+
+
+def test_columns_of_the_log_may_change_before_a_run_is_resumed(module, tmp_path):
+    log = [{"iter": 1, "old": 2}, {"iter": 3, "new": 4}]
+    module.write_log(log, tmp_path / "log.csv")
+    assert (tmp_path / "log.csv").read_text() == "iter,new\n1,\n3,4\n"
 
 
 @pytest.mark.slow
