@@ -125,7 +125,7 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def read_archive(name: str, config: Config) -> Tensor:
     """Return the bytes of one of MNIST's four archives, uint8; gzip checks their CRC."""
     path = expanded(config.data_dir) / "MNIST" / "raw" / f"{name}-ubyte.gz"
-    with explained(f"can't read {path}; restore the archive or set --data_dir"):
+    with on_error(f"can't read {path}; restore the archive or set --data_dir"):
         content = bytearray(gzip.decompress(path.read_bytes()))
         return torch.frombuffer(content, dtype=torch.uint8)
 
@@ -146,8 +146,8 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
 
 @functools.lru_cache(maxsize=2)  # many steps share a pass
 def shuffled(n_images: int, n_pass: int, seed: int) -> Tensor:
-    """Return the order (n_images,) in which a pass takes the images."""
-    # Unlike a string's, the hash of a tuple of numbers is the same in each process.
+    """Return the order (n_images,) in which a pass takes the images; n_pass counts from 0."""
+    # The hash of numbers is the same in each process; only that of strings is not.
     generator = torch.Generator().manual_seed(hash((seed, n_pass)))
     return torch.randperm(n_images, generator=generator)
 
@@ -236,7 +236,7 @@ class FeedForward(nn.Sequential):
 
 
 class MultiHead(nn.Module):
-    """Attention within one vector, whose features are the tokens.
+    """Attention within one vector: each token is a single number.
 
     A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
     A head has d_head tokens: token i has the i-th number of q, of k and of v, and attends to all
@@ -246,7 +246,7 @@ class MultiHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # as in DFin/ViT; a token's width**-0.5 would be 1
+        self.scale = config.n_embd**-0.5  # as in DFin/ViT; the usual width**-0.5 would be 1
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -361,8 +361,8 @@ def evaluate(
 def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
-    Warmup begins at 2 / warmup_iters of the peak, so steps warmup_iters - 1 and warmup_iters are
-    both at the peak. If any steps remain for the decay, it ends at 0 on the last one.
+    Warmup begins at 2 / warmup_iters of the peak and gets there a step early. That hardly matters,
+    and stays, so that results can be repeated. If steps remain for the decay, it ends at 0.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -376,7 +376,8 @@ def blocks_in_use(step: int, config: Config) -> int:
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
     with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
-    that join so late change little: n_layers 2 reaches the same accuracy (RESULTS.md).
+    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). The 16
+    are those of DFin/ViT, the original.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -428,14 +429,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(learning_rate(step, self.config))
         depth = blocks_in_use(step, self.config)
-        if depth > self.model.depth:  # fewer are asked for if max_iters was raised on --resume
+        if depth > self.model.depth:  # never fewer: max_iters may have been raised on --resume
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
         """Use the first `depth` blocks from now on."""
         self.model.depth = depth
         # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
-        self.parallel = in_parallel(self.model, self.world)  # itself, or DDP of several processes
+        self.parallel = in_parallel(self.model, self.world)  # the model, in DDP if world > 1
         self.train_on = self.update
         if self.device.type == "cuda" and self.world == 1:
             self.train_on = RecordedUpdate(self.update)  # the same, faster
@@ -496,7 +497,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     test_labels = test_labels.to(device)
     trainer = Trainer(config, device, world)
     if checkpoint:
-        with explained(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
+        with on_error(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
             trainer.load_state_dict(checkpoint)
         say(f"resuming {config.out_dir} from step {trainer.step}")
     compile_blocks(trainer.model, config, device)
@@ -516,9 +517,9 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
-            stop.after_the_step()  # from now on, there is something to save when a signal comes
+            stop.wait_for_steps()  # from now on, there is something to save when a signal comes
 
-            # Keep count, and see whether a signal to any process asks all to stop.
+            # Average the loss over all processes; see whether a signal asks any of them to stop.
             loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
@@ -531,7 +532,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
                 continue
             if not trainer.loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate")
-            since = max(last_time, stop.went_on)  # time doesn't count while suspended (Ctrl-Z)
+            since = max(last_time, stop.continued_at)  # time doesn't count while suspended (Ctrl-Z)
             last_time = time.perf_counter()
             trainer.seconds += last_time - since
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
@@ -554,10 +555,10 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
         else:
             say(f"stopped; to continue: {resume_command(config, world)}")
     if dist.is_initialized():
-        if finished or stop_number:  # in mini_vit_augment.py, one may also stop by itself
-            agree(trainer.loss_sum, world)  # only to wait: torchrun ends all when one ends
+        if finished or stop_number:  # else this process has stopped alone (mini_vit_augment.py can)
+            agree(trainer.loss_sum, world)  # only to wait: torchrun kills all when one ends stopped
         dist.destroy_process_group()
-    # stop_number is 0 if a signal ended the batches, which happens in mini_vit_augment.py only.
+    # In mini_vit_augment.py, a signal can end the batches as well; then stop_number is 0.
     return 0 if finished else 128 + max(stop_number, stop.number)
 
 
@@ -619,7 +620,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         if rank > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with explained(f"device {name} can't be used"):
+    with on_error(f"device {name} can't be used"):
         probe = torch.zeros(1, device=name)
         probe.item()  # a "meta" tensor has no value
     device = probe.device
@@ -699,7 +700,7 @@ class RecordedUpdate:
         self.images = images.clone()
         self.labels = labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may pin memory meanwhile.
+        # thread_local: a DataLoader's thread may pin memory meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self.update(self.images, self.labels)
 
@@ -822,7 +823,7 @@ def start_log(folder: Path) -> bool:
 
     Of two runs that do so at once, one gets True.
     """
-    with explained(f"can't write into {folder}"):
+    with on_error(f"can't write into {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             (folder / "log.csv").touch(exist_ok=False)
@@ -845,13 +846,13 @@ def load_checkpoint(folder: Path, given: dict, file="checkpoint.pt") -> tuple[Co
         others = sorted(p.parent for p in folder.parent.glob("*/checkpoint.pt"))
         hint = f"; --out_dir can be {', '.join(map(str, others))}" if others else ""
         fail(f"the run in {folder} can't be resumed: {missing}{hint}")
-    with explained(f"{path} is damaged, or not from this version of {FILE.name}"):
+    with on_error(f"{path} is damaged, or not from this version of {FILE.name}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is from {state['script']}.py")
         saved = Config(**state["config"])  # fields that are newer than the run get their defaults
         step = state["iter"]
-    with explained(f"the flags don't fit the settings in {path}"):
+    with on_error(f"the flags don't fit the settings in {path}"):
         config = Config(**asdict(saved) | given | {"out_dir": folder.as_posix()})
     for name in given.keys() - MAY_CHANGE:
         if getattr(config, name) != getattr(saved, name):
@@ -891,10 +892,11 @@ IN_NOTEBOOK = "ipykernel" in sys.modules
 
 
 class Stop:
-    """Stops training after the current step at the first signal, at once at a Ctrl-C after it.
+    """Stops training after the current step at the first signal, and at once at a second Ctrl-C.
 
-    Signals come from Ctrl-C, from kill, from a terminal that closes, or from a cluster about to end
-    the job. One that was ignored when the script started (by nohup, say) stays ignored.
+    Before the first step is done, any of them ends the script at once. Signals come from Ctrl-C,
+    from kill, from a terminal that closes, or from a cluster about to end the job. One that was
+    ignored when the script started (by nohup, say) stays ignored.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
@@ -902,7 +904,7 @@ class Stop:
     def __init__(self):
         self.number = 0  # of the signal received, 0 if there is none
         self.at_once = True  # before the first step is done, there is nothing to save
-        self.went_on = 0.0  # when the process last went on after it was suspended (Ctrl-Z)
+        self.continued_at = 0.0  # when the process last went on after it was suspended (Ctrl-Z)
         self.previous = {}
         self.parent = os.getppid()
 
@@ -921,7 +923,7 @@ class Stop:
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self.handle)
         if hasattr(signal, "SIGCONT"):
-            self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, self.go_on)
+            self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, self.on_continue)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
@@ -940,10 +942,10 @@ class Stop:
             os._exit(128 + number)
         raise KeyboardInterrupt
 
-    def go_on(self, *_) -> None:
-        self.went_on = time.perf_counter()
+    def on_continue(self, *_) -> None:
+        self.continued_at = time.perf_counter()
 
-    def after_the_step(self) -> None:
+    def wait_for_steps(self) -> None:
         """Have signals wait for the end of a step from now on."""
         if self.at_once and dist.is_torchelastic_launched():
             self.listen()
@@ -996,7 +998,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def explained(message: str, pattern: str = "") -> Iterator[None]:
+def on_error(message: str, pattern: str = "") -> Iterator[None]:
     """If an error matches the pattern, fail with one line: the message, then the error's own."""
     try:
         yield
@@ -1064,10 +1066,10 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_flags(argv)
     out_of_memory = "MemoryError|(allocate|out of) memory"
     try:
-        with stop, explained("out of memory: start again with a lower batch_size", out_of_memory):
+        with stop, on_error("out of memory: start again with a lower batch_size", out_of_memory):
             return start(given)
     except KeyboardInterrupt:
-        say("stopped at once; to continue from the last checkpoint: --resume")
+        say("stopped at once; if there is a checkpoint, --resume continues from it")
         return 130
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|remote process exited", str(error)):
