@@ -304,7 +304,7 @@ def report(run: Run, folder: Path) -> None:
 
 # ---------------------------------------------------------------------------- comparison.png
 def read_log(folder: Path) -> list[dict]:
-    """Return the rows of a run's log.csv, with numbers in them."""
+    """Return the seconds and the test accuracy of each evaluation in a run's log.csv."""
     path = folder / "log.csv"
     try:
         text = path.read_text()
@@ -313,10 +313,10 @@ def read_log(folder: Path) -> list[dict]:
     if ";" in text:
         fail(f"{path} has semicolons: a spreadsheet has changed it; save it with commas")
     try:
-        rows = list(csv.DictReader(text.splitlines()))
-        rows = [{name: float(value) for name, value in row.items()} for row in rows]
-        for row in rows:
-            row["seconds"], row["test_accuracy"]
+        rows = [
+            {name: float(row[name]) for name in ("seconds", "test_accuracy")}
+            for row in csv.DictReader(text.splitlines())
+        ]
     except (KeyError, TypeError, ValueError) as error:
         fail(f"{path} is not the log of a run ({type(error).__name__})")
     if not rows:

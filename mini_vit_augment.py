@@ -10,6 +10,7 @@ How much does augmentation help? Trained on moved and bent digits, the network r
 """
 
 import argparse
+import atexit
 import csv
 import ctypes
 import functools
@@ -302,6 +303,7 @@ def training_batches(
         )
         with sigchld_kept():
             batches = iter(loader)
+        atexit.register(kill_workers)
         while (slot := next_batch(batches)) is not None:
             batch = dataset.image_slots[slot], dataset.label_slots[slot]
             # Both copy, as a worker will soon write into the slot again.
@@ -342,11 +344,17 @@ def next_batch(batches: Iterator) -> int | None:
                 patience -= 1
             elif not timed_out:
                 raise
-    for worker in multiprocessing.active_children():
-        worker.kill()  # at exit, Python would wait for a stuck one
+    kill_workers()
     if stop.at_once or not stop.requested():
         fail("no batch came from the workers in a minute: try --num_workers 0")
     return None
+
+
+def kill_workers() -> None:
+    """End the workers. At exit, Python would wait for them, as they ignore its SIGTERM."""
+    for child in multiprocessing.active_children():
+        if child.daemon:  # a notebook may have other children
+            child.kill()
 
 
 def ignore_signals(worker: int) -> None:
@@ -730,7 +738,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     no_bar = rank > 0 or not (IN_NOTEBOOK or sys.stderr.isatty())
     first_step = trainer.step + 1
     last_time = time.perf_counter()
-    last_save = trainer.seconds
+    last_save = time.perf_counter()
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
         for step, (images, labels) in enumerate(bar, first_step):
             # Dropout depends on seed, step and process alone, so resuming is exact.
@@ -753,7 +761,7 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
             if step % 10 != 0 and not evaluating and not stop_number:
                 continue
             if not trainer.loss_sum.isfinite():
-                fail(f"the loss is not finite at step {step}: lower learning_rate")
+                break
             since = max(last_time, stop.continued_at)  # time doesn't count while suspended (Ctrl-Z)
             last_time = time.perf_counter()
             trainer.seconds += last_time - since
@@ -763,12 +771,14 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
                 probabilities = log_evaluation(trainer, test_images, test_labels)
                 write_log(trainer.log, folder / "log.csv")
 
-            if rank == 0 and trainer.seconds - last_save > SAVE_SECONDS:
+            if rank == 0 and time.perf_counter() - last_save > SAVE_SECONDS:
                 save(trainer, folder)
-                last_save = trainer.seconds
+                last_save = time.perf_counter()
 
             if stop_number:
                 break
+    if not trainer.loss_sum.isfinite():
+        fail(f"the loss is not finite at step {trainer.step}: lower learning_rate")
     finished = trainer.step == config.max_iters
     if rank == 0:
         save_at_last(trainer, folder)
@@ -834,8 +844,8 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
     if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE come from a cluster; ignore them
         store, rank, world = next(dist.rendezvous("env://"))
-        # torchrun may keep one store for all starts, with entries of processes that have died.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        if torchrun_store():  # it keeps entries of processes that have died
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         if name.startswith("cuda"):
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         backend = "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo"
@@ -1003,10 +1013,10 @@ def save_at_last(trainer: Trainer, folder: Path) -> None:
 
 def write_log(log: list[dict], path: Path) -> None:
     """Write log.csv, a row per evaluation."""
-    columns = log[-1].keys()  # you may have added some since the run began
+    columns = dict.fromkeys(name for row in log for name in row)  # some may be newer than the run
     try:
         with replacing(path) as new, open(new, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(log)
     except OSError as error:  # a spreadsheet may have it open
@@ -1266,8 +1276,9 @@ def parse_flags(argv: list[str] | None) -> dict:
 def start(given: dict) -> int:
     """Start a new run or resume one, as the flags say; return the exit status."""
     resume = given.pop("resume")
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a process has died
     store = torchrun_store()
-    if store and store.check(["out_dir"]):  # torchrun starts this run again: a process has died
+    if again and store and store.check(["out_dir"]):
         given["out_dir"] = store.get("out_dir").decode()
         resume = "auto"
     if resume == "no":

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,24 @@ def test_a_process_whose_batches_are_slow_stops_with_the_others(to, start, tmp_p
     out, err = process.communicate(timeout=100)
     assert (folder / "checkpoint.pt").exists(), err
     assert "stopped; to continue: torchrun" in out
+
+
+def test_a_signal_while_a_batch_is_slow_saves_no_ruined_weights(main, monkeypatch, tmp_path):
+    """It ends the batches, here after three, between the steps that look at the loss."""
+    batches = script.training_batches
+    monkeypatch.setattr(script, "training_batches", lambda *args: islice(batches(*args), 3))
+    flags = ["--num_workers", "0", "--learning_rate", "1e30"]
+    result = main("mini_vit_augment", *RUN, *flags, status=1)
+    one_line(result, "not finite", "lower learning_rate")
+    assert not (tmp_path / "runs" / "mini_vit_augment" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@linux
+def test_a_worker_s_bug_ends_the_run(run):
+    """At its exit, Python waits for the workers, which ignore the SIGTERM it sends them."""
+    bug = {"step, share = key": "raise ValueError('a bug')"}
+    assert "a bug" in run("mini_vit_augment", *RUN, status=1, replacing=bug).stderr
 
 
 @linux

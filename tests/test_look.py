@@ -330,6 +330,11 @@ def test_a_run_without_an_evaluation_is_one_line(content, write_log_b):
     one_line(error_of("runs/b", "runs/a"), "runs/b", "no evaluation yet")
 
 
+def test_columns_that_are_empty_or_hold_words_do_not_matter(write_log_b):
+    write_log_b("seconds,mine,test_accuracy,new\n60,word,0.5,\n120,word,0.9,0.1\n")
+    look.compare([Path("runs/a"), Path("runs/b")])
+
+
 def test_a_log_with_semicolons_is_one_line(write_log_b):
     content = Path("runs/b/log.csv").read_text()
     write_log_b(content.replace(",", ";").replace(".", ","))

@@ -373,7 +373,7 @@ def test_a_checkpoint_follows_after_so_many_seconds(main, monkeypatch):
 def test_columns_of_the_log_may_change_before_a_run_is_resumed(module, tmp_path):
     log = [{"iter": 1, "old": 2}, {"iter": 3, "new": 4}]
     module.write_log(log, tmp_path / "log.csv")
-    assert (tmp_path / "log.csv").read_text() == "iter,new\n1,\n3,4\n"
+    assert (tmp_path / "log.csv").read_text() == "iter,old,new\n1,2,\n3,,4\n"
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ ADDED = {
     "mini_vit_augment": AUGMENTATION
     | {"ON_CUDA", "ELSEWHERE", "augment_batch", "AugmentedBatches"}
     | {"AugmentedBatches.__init__", "AugmentedBatches.__getitem__", "sigchld_kept"}
-    | {"next_batch", "ignore_signals", "usable_cores", "MAY_CHANGE.add('num_workers')"},
+    | {"next_batch", "kill_workers", "ignore_signals", "usable_cores"}
+    | {"MAY_CHANGE.add('num_workers')"},
     "vit": AUGMENTATION,
 }
 EVERYTHING = sorted(ROOT.glob("*.py")) + sorted((ROOT / "tests").glob("*.py"))

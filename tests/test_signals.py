@@ -219,6 +219,18 @@ def test_torchrun_starts_a_run_again_when_a_process_dies(with_checkpoint, main, 
 
 
 @pytest.mark.slow
+def test_two_runs_of_one_process_are_no_restart(tmp_path):
+    """Someone tries several seeds under torchrun."""
+    flags = [*RUN, "--data_dir", str(ROOT / "data")]
+    code = f"import mini_vit\nfor seed in '12': mini_vit.main([*{flags}, '--seed', seed])\n"
+    (tmp_path / "seeds.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "seeds.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=200)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mini_vit", "mini_vit-2"}
+
+
+@pytest.mark.slow
 def test_a_plain_error_of_one_process_is_not_buried_by_the_others(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "log.csv").write_text("iter")
