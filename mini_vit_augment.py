@@ -301,9 +301,9 @@ def training_batches(
             prefetch_factor=1,  # a worker that is ahead would need more slots
             timeout=1,  # second; next_batch looks for signals in between
         )
+        atexit.register(kill_workers)
         with sigchld_kept():
             batches = iter(loader)
-        atexit.register(kill_workers)
         while (slot := next_batch(batches)) is not None:
             batch = dataset.image_slots[slot], dataset.label_slots[slot]
             # Both copy, as a worker will soon write into the slot again.
