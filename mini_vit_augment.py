@@ -491,7 +491,7 @@ class RankOneAttention(torch.autograd.Function):
     """sum_j softmax_j(t_i k_j) v_j, keeping O(d_head) numbers per head for the backward pass.
 
     The scores of width-1 tokens are an outer product. Let E_ij = exp(t_i k_j - max_j t_i k_j),
-    n = sum_j E_ij and P = E / n. The output is o = Pv. From do, the gradient of o, follow:
+    n = sum_j E_ij and P = E / n. The output is o = Pv. Its gradient do gives the other gradients:
 
         dt = do * (P(v * k) - o * Pk)
         dv = E^T g and dk = v * E^T(g * t) - E^T(g * o * t), where g = do / n
@@ -575,7 +575,7 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
     Warmup begins at 2 / warmup_iters of the peak and gets there a step early. That hardly matters,
-    and stays, so that results can be repeated. If steps remain for the decay, it ends at 0.
+    but is kept so that results can be repeated. If steps remain for the decay, it ends at 0.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -589,8 +589,8 @@ def blocks_in_use(step: int, config: Config) -> int:
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
     with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
-    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). The 16
-    are those of DFin/ViT, the original.
+    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). It
+    has 16 because the original, DFin/ViT, has.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)

@@ -349,7 +349,7 @@ def learning_rate(step: int, config: Config) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup, then cosine decay.
 
     Warmup begins at 2 / warmup_iters of the peak and gets there a step early. That hardly matters,
-    and stays, so that results can be repeated. If steps remain for the decay, it ends at 0.
+    but is kept so that results can be repeated. If steps remain for the decay, it ends at 0.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -363,8 +363,8 @@ def blocks_in_use(step: int, config: Config) -> int:
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
     with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
-    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). The 16
-    are those of DFin/ViT, the original.
+    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). It
+    has 16 because the original, DFin/ViT, has.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
