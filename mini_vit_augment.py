@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 FILE = Path(globals().get("__file__", "mini_vit_augment.py"))  # a notebook's cell has no file
 SCRIPT = FILE.stem
 SOURCE = FILE.read_text("utf-8") if FILE.exists() else ""  # model.pt says what made it
+SAVE_SECONDS = 60  # training time that a stop costs, at most
 
 
 # ---------------------------------------------------------------- hyperparameters
@@ -616,7 +617,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
     )
     last_time = time.perf_counter()
     last_save = time.perf_counter()
-    save_interval = 60.0  # seconds
+    save_interval = SAVE_SECONDS
     no_bar = True if rank > 0 else None  # None: a bar on terminals only
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
         for step, (images, labels) in enumerate(bar, trainer.step + 1):
@@ -656,7 +657,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
                 began = time.perf_counter()
                 save(trainer, "checkpoint.pt")
                 last_save = time.perf_counter()
-                save_interval = max(60.0, 50 * (last_save - began))
+                save_interval = max(SAVE_SECONDS, 50 * (last_save - began))
     if rank == 0:
         save(trainer, "model.pt")
         print_results(probabilities.cpu(), test_labels.cpu(), config)
@@ -880,7 +881,7 @@ def lock_folder(folder: Path, seconds: float = 0) -> bool:
 
 @functools.cache  # a lock that nobody refers to would be released
 def lock_of(folder: Path) -> FileLock:
-    return FileLock(folder / "lock")
+    return FileLock(folder / ".lock")
 
 
 def save(trainer: Trainer, name: str) -> None:
