@@ -8,9 +8,10 @@ How far can a network get with no built-in knowledge of images? This one reaches
 the test set (mean and standard deviation of seeds 1 to 10), in seven minutes on two cores of an
 Intel Xeon with AMX (bfloat16, torch 2.15.0), in 20 on two cores without bfloat16.
 
-To learn from this file, read from Config to the end of train, and skip the section "the same
-attention, faster". What follows train makes runs fast and safe: results, hardware, files, command
-line. The functions used from there are named for what they do.
+The network is that of a public repository, DFin/ViT, which the comments call the original. To
+learn from this file, read from Config to the end of train, and skip the section "the same
+attention, faster". train calls helpers that are defined below it: results, hardware, files, command
+line. Their names say what they do, so trust them at first.
 """
 
 import argparse
@@ -139,18 +140,18 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     They don't depend on earlier steps, so a resumed run sees the same images as an unbroken one.
     Each pass takes each image once; a batch may end one pass and begin the next.
     """
-    begin = (step - 1) * config.batch_size  # images taken before, over all passes
-    last = begin + config.batch_size - 1
-    passes = range(begin // n_images, last // n_images + 1)  # those that the batch takes from
+    before = (step - 1) * config.batch_size  # images taken in earlier steps, over all passes
+    last = before + config.batch_size - 1
+    passes = range(before // n_images, last // n_images + 1)  # those that the batch takes from
     order = torch.cat([shuffled(n_images, n_pass, config.seed) for n_pass in passes])
-    first = begin % n_images
-    return order[first : first + config.batch_size]
+    offset = before % n_images
+    return order[offset : offset + config.batch_size]
 
 
 @functools.lru_cache(maxsize=2)  # many steps share a pass
 def shuffled(n_images: int, n_pass: int, seed: int) -> Tensor:
     """Return the order (n_images,) in which a pass takes the images; n_pass counts from 0."""
-    # The hash of numbers is the same in each process; only that of strings is not.
+    # hash mixes both numbers into one seed, the same one in every process.
     generator = torch.Generator().manual_seed(hash((seed, n_pass)))
     return torch.randperm(n_images, generator=generator)
 
@@ -238,15 +239,16 @@ class FeedForward(nn.Sequential):
 class MultiHead(nn.Module):
     """Attention within one vector: each token is a single number.
 
-    A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
-    A head has d_head tokens: token i has the i-th number of q, of k and of v, and attends to all
-    tokens of its head. Each number has its own row of weights, so no position embedding is needed.
+    Usually, q has shape (B, n_head, tokens, width of a token). Here, it is (B, n_head, d_head): a
+    head has d_head tokens of width 1. Token i has the i-th number of q, of k and of v, and attends
+    to all tokens of its head. As each of them is computed by its own row of self.qkv, the network
+    can tell them apart without a position embedding.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # as in DFin/ViT; the usual width**-0.5 would be 1
+        self.scale = config.n_embd**-0.5  # as in the original; a token's width**-0.5 would be 1
         by_the_book = config.attention == "by the book"
         self.attention = attention_by_the_book if by_the_book else scalar_attention
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
@@ -254,7 +256,7 @@ class MultiHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); bfloat16 scores would be too coarse
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores and softmax are float32
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
         q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
         out = self.attention(q, k, v, self.scale)  # (B, n_head, d_head)
@@ -266,7 +268,7 @@ def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     """Return sum_j softmax_j(scale q_i k_j) v_j for q, k, v of shape (B, n_head, d_head)."""
     scores = scale * q.unsqueeze(-1) * k.unsqueeze(-2)  # (B, n_head, d_head, d_head), i by j
     weights = scores.softmax(-1)
-    return (weights @ v.unsqueeze(-1)).squeeze(-1)
+    return (weights * v.unsqueeze(-2)).sum(-1)
 
 
 # ---------------------------------------------------------------- the same attention, faster
@@ -332,7 +334,7 @@ def sums_on_cpu(t: Tensor, k: Tensor, vectors: list[Tensor], over_keys: bool) ->
     keys = torch.stack([k - largest, k - smallest], -2)  # (B, n_head, 2, j)
     stacked = torch.stack(vectors, -2)  # (B, n_head, vectors, d_head)
     sums = torch.empty_like(stacked)
-    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))
+    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # 2.8 MB of weights
     with torch.autocast(t.device.type, enabled=False):
         for first in range(0, len(t), n_images):
             part = slice(first, first + n_images)
@@ -389,8 +391,9 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
-    (Goodfellow et al. 2015, arXiv:1412.6572). Dropout is on, but drops other features than in the
-    training pass.
+    (Goodfellow et al. 2015, arXiv:1412.6572). It takes a second pass, as long as the training pass,
+    and keeps a network from memorizing its images. Dropout is on, but drops other features than in
+    the training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -435,7 +438,7 @@ class Trainer:
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
-        """Use the first `depth` blocks from now on."""
+        """Use the first `depth` blocks from now on; AdamW skips the others, without gradients."""
         self.model.depth = depth
         # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
         self.parallel = in_parallel(self.model, self.world)  # the model, in DDP if world > 1
@@ -447,8 +450,8 @@ class Trainer:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
         A gradient that is not finite ruins the weights; the loss returned is then nan, so that
-        train() ends the run without saving. It can't be ended here: a GPU records this method once
-        and replays it (RecordedUpdate), so it must not print or read values.
+        train() ends the run without saving. This method itself must not print or read values: a GPU
+        records it once and then replays what was recorded (RecordedUpdate).
         """
         # The loss is that of adversarial images alone, so it is above an evaluation's.
         if self.config.adversarial:
@@ -479,10 +482,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what state_dict() returned."""
-        self.model.load_state_dict(state.pop("model"))  # pop, so that the copy's memory is freed
+        """Go on from what state_dict() returned; the largest parts are taken out of it."""
+        self.model.load_state_dict(state.pop("model"))
         optimizer_state = self.optimizer.state_dict()  # settings, such as betas, come from config
-        optimizer_state["state"] = state["optimizer"]
+        optimizer_state["state"] = state.pop("optimizer")
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
         self.seconds = state["seconds"]
@@ -499,9 +502,9 @@ def is_evaluated(step: int, config: Config) -> bool:
 def train(config: Config, checkpoint: dict | None = None, resume: bool = False) -> None:
     """Train and print the results; go on from the checkpoint, if there is one.
 
-    The checkpoint is written every minute, whatever happens next: a run that is stopped in any way
-    goes on from there (--resume). A new run gets its folder after the first step, because a start
-    that fails should leave no trace.
+    A checkpoint is written about once a minute, and a run that is stopped in any way goes on from
+    there (--resume). A new run gets its folder after its first step, because a start that fails
+    should leave no trace.
     """
     device, rank, world = set_up(config)
     train_images, train_labels, test_images, test_labels = load_mnist(config)
@@ -524,7 +527,8 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
     no_bar = True if rank > 0 else None  # None: a bar on terminals only
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
         for step, (images, labels) in enumerate(bar, trainer.step + 1):
-            # Dropout depends on seed, step and process alone, so resuming is exact.
+            # Dropout depends on seed, step and process alone, so resuming is exact, even where a
+            # CUDA graph is replayed: it reads the seed each time.
             torch.manual_seed(hash((config.seed, step, rank)))
             trainer.set_schedules(step)
 
@@ -535,11 +539,12 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
             if step == 1 and rank == 0:
                 claim_folder(config, resume)
 
-            # Most steps end here, because reading the loss makes the CPU wait for the GPU.
+            # Most steps end here, because reading the loss makes the CPU wait for the GPU. Every
+            # tenth is often enough to see that it is finite, and to save.
             evaluating = is_evaluated(step, config)
             if step % 10 != 0 and not evaluating:
                 continue
-            if world > 1:  # average the loss over all processes, for the log
+            if world > 1:  # what was averaged before is the same in all processes, so it stays
                 dist.all_reduce(trainer.loss_sum.div_(world))
             if not trainer.loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate")
@@ -554,7 +559,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
                     write_log(trainer.log, Path(config.out_dir))
                 trainer.loss_sum.zero_()
 
-            # Saving takes at most 2 % of the time. What was trained since is what a stop costs.
+            # Save, but let that take 2 % of the time at most. A stop costs what was trained since.
             due = now - last_save > save_interval and step < config.max_iters
             if due and rank == 0:
                 began = time.perf_counter()
@@ -728,7 +733,7 @@ class RecordedUpdate:
         self.images = images.clone()
         self.labels = labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: a DataLoader's thread may pin memory meanwhile.
+        # thread_local: a DataLoader's thread (mini_vit_augment.py's) may pin memory meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self.update(self.images, self.labels)
 
@@ -752,16 +757,17 @@ def claim_folder(config: Config, resume: bool) -> None:
     """
     wanted = config.out_dir
     for n in itertools.count(2):
-        # The second look is at a run that ended between the first one and the lock.
         folder = Path(config.out_dir)
-        if not holds_run(folder) and lock_folder(folder) and not holds_run(folder):
-            break
+        if not holds_run(folder) and lock_folder(folder):
+            if not holds_run(folder):  # a run may have finished in it just before the lock
+                break
+            lock_of(folder.absolute()).release()
         if resume:
             fail(f"another process has begun the run in {folder}")
         config.out_dir = f"{wanted}-{n}"
     if config.out_dir != wanted:
         say(f"{wanted} holds another run; this one goes into {config.out_dir}")
-    write_log([], folder)
+    write_log([], folder)  # in place of the log of a run that was never saved
     flags = f"--resume --out_dir {shlex.quote(config.out_dir)}"
     say(f"if this run is stopped, the same command goes on with {flags}")
 
@@ -806,7 +812,9 @@ def save(trainer: Trainer, name: str) -> None:
 
 def write_log(log: list[dict], folder: Path) -> None:
     """Write log.csv, a row per evaluation."""
-    columns = dict.fromkeys(name for row in log for name in row)  # some may be newer than the run
+    columns = dict.fromkeys(
+        name for row in log for name in row
+    )  # rows may differ, if you add columns
     with writing_into(folder), open(folder / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -834,7 +842,7 @@ def load_checkpoint(folder: Path) -> dict | None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"it is from {checkpoint['script']}.py")
-        Config(**checkpoint["config"])
+        Config(**checkpoint["config"])  # raises TypeError if a field is unknown
     except Exception as error:  # torch raises many kinds
         fail(f"{path} is damaged, or not from this version of {FILE.name}", error)
     return checkpoint
@@ -896,8 +904,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(os.path.expanduser(given.get("out_dir", Config.out_dir)))
     checkpoint = load_checkpoint(folder) if resume else None
     settings = checkpoint["config"] if checkpoint else {}
+    settings = settings | given | {"out_dir": str(folder)}  # flags that are given win
     try:
-        config = Config(**settings | given | {"out_dir": str(folder)})
+        config = Config(**settings)
     except ValueError as error:
         parser.error(str(error))
     if checkpoint:
