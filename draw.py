@@ -89,6 +89,12 @@ def explain(run: look.Run, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach().softmax(-1), heat
 
 
+@torch.no_grad()
+def probabilities_of(run: look.Run, images: Tensor) -> Tensor:
+    """Return what a run makes of images (N, 784): probabilities (N, 10)."""
+    return run.model(images.to(run.device) / 255).softmax(-1)
+
+
 def fool(run: look.Run, images: Tensor, distance: float) -> Tensor:
     """Return images (N, 784), each pixel moved by `distance` (white is 1) against the run's answer.
 
@@ -132,7 +138,7 @@ def answers_of(
     ]
     if distance:
         moved = fool(run, images, distance).cpu()
-        seen = [explain(other, moved)[0].tolist() for other in runs.values()]
+        seen = [probabilities_of(other, moved).tolist() for other in runs.values()]
         for answer, pixels, *of_runs in zip(answers, moved.int().tolist(), *seen, strict=True):
             answer["fooled"] = {"pixels": pixels, "runs": of_runs}
     return answers

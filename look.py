@@ -6,6 +6,7 @@ python look.py photo.jpg drawing.png  # the newest run's three likeliest digits 
 python look.py runs/small photo.jpg   # that run's
 python look.py photo.jpg --show       # photo.digits.png: the digits that were found in it
 python look.py runs/small runs/large  # comparison.png: accuracy over the minutes of training
+python look.py runs/small my_digits   # accuracy on digits labelled and saved in draw.py
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 RUN_FILES = ("model.pt", "checkpoint.pt", "log.csv")
 FOUND = ".digits.png"  # how the names of pictures end that --show writes
+PROGRAM = "look.py"  # what errors begin with; draw.py puts its own name here
 
 
 # ---------------------------------------------------------------------------- runs
@@ -109,7 +111,7 @@ def is_run(folder: Path) -> bool:
 # ---------------------------------------------------------------------------- errors
 def fail(message: str) -> NoReturn:
     """End with one line on stderr and exit status 1."""
-    raise SystemExit(f"look.py: error: {message}")
+    raise SystemExit(f"{PROGRAM}: error: {message}")
 
 
 def first_line(error: Exception) -> str:
@@ -468,6 +470,44 @@ def save_found(sheet, name: str, path: Path, folder: Path) -> Path:
         return folder / name
 
 
+# ---------------------------------------------------------------------------- your handwriting
+def has_labels(folder: Path) -> bool:
+    """Return whether a folder holds labelled digits, as draw.py saves them: in folders 0 to 9."""
+    return any((folder / str(label)).is_dir() for label in range(10))
+
+
+def read_labelled(folder: Path) -> tuple[list[Path], Tensor, Tensor]:
+    """Return the files of labelled digits, their images (N, 784) uint8, and their labels (N,)."""
+    import numpy as np  # here, because report.png must not need Pillow
+    from PIL import Image
+
+    files = [path for n in range(10) for path in sorted((folder / str(n)).glob("*.png"))]
+    if not files:
+        fail(f"{folder} holds no PNG in its folders 0 to 9")
+    images = []
+    for path in files:
+        try:
+            pixels = np.array(Image.open(path, formats=["PNG"]).convert("L"))
+        except Exception as error:  # Pillow raises many kinds
+            fail(f"can't read {path}: {first_line(error)}")
+        if pixels.shape != (28, 28):
+            fail(f"{path} is not 28 x 28 pixels, white on black: draw.py saves such digits")
+        images.append(torch.from_numpy(pixels).flatten())
+    return files, torch.stack(images), torch.tensor([int(path.parent.name) for path in files])
+
+
+def measure_handwriting(run: Run, folder: Path, labelled: Path) -> None:
+    """Print a run's accuracy on labelled digits, and each mistake."""
+    files, images, labels = read_labelled(labelled)
+    answers = [run.model(some.to(run.device)).argmax(-1).cpu() for some in images.split(100)]
+    answers = torch.cat(answers)
+    right = answers == labels
+    accuracy = right.double().mean()
+    print(f"{folder} on {labelled}: {accuracy:.2%} ({right.sum()} of {len(labels)})")
+    for n in (~right).nonzero().flatten().tolist():
+        print(f"    {files[n]}: {answers[n]}")
+
+
 # ---------------------------------------------------------------------------- command line
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments: paths, data_dir, device."""
@@ -514,6 +554,12 @@ def main(argv: list[str] | None = None) -> int:
     runs = list(itertools.takewhile(is_run, args.paths))
     if len(runs) > 1 and len(runs) == len(args.paths):
         compare(runs)
+        return 0
+    labelled = args.paths[len(runs) :]
+    if len(labelled) == 1 and has_labels(labelled[0]):
+        for folder in runs or [newest_run()]:
+            run = load_run(folder, args.data_dir, args.device)
+            measure_handwriting(run, folder, labelled[0])
         return 0
     paths = args.paths[1:] if runs else args.paths
     if any(map(is_run, paths)):
