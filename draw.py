@@ -188,7 +188,7 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
         # Another site can point its own name at this machine (DNS rebinding). Flask's own
         # TRUSTED_HOSTS can't do this: it knows no IPv6 addresses.
         if urlsplit(f"//{request.host}").hostname not in names:
-            abort(403, "this isn't one of this machine's names: use the address draw.py has printed")
+            abort(403, "this isn't this machine's name: use the address that draw.py has printed")
         if request.origin not in (None, request.host_url.rstrip("/")):
             abort(403, "requests from other sites' pages are refused")
 
