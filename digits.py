@@ -5,24 +5,31 @@ find_parts finds what is connected; join_parts makes digits of parts; in_rows pu
 order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
 """
 
+import math
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 from skimage.measure import label, regionprops
 from skimage.morphology import reconstruction
 from torch import Tensor
 
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # most of a picture is there without its last bytes
-
-MOST_PIXELS = 180_000_000  # of a file; in colour they take 0.5 GB
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, and refuses twice as many
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM AVIF HEIF".split()  # HEIF: with pillow_heif
+warnings.filterwarnings("ignore", module="PIL")  # of large pictures, of strange metadata
+MOST_MEMORY = 900_000_000  # bytes, while a picture is decoded: 180 megapixels in most formats
+BYTES_PER_PIXEL = {"GIF": 12, "WEBP": 16, "AVIF": 12, "HEIF": 12, "TIFF": 8}  # 5 in other formats
+MOST_PER_BYTE = 10_000  # pixels; only blank pages are packed more tightly
+MOST_SCANS = 60  # of a JPEG; cameras and programs make 1 to 20
+MOST_PAGES = 20  # that look.py reads of a file
+SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
+UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
 SMALLEST = 4  # pixels of a side; less can't show a digit
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
@@ -48,6 +55,21 @@ HAT = 0.25  # of a digit's height; the bar of a 5 can be this far above the rest
 TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 
 
+class NothingThere(ValueError):
+    """There is no digit in a picture; the message says what there is, or that there is nothing."""
+
+    def __init__(self, note: str = ""):
+        super().__init__(f"there is nothing in it ({note})" if note else "there is nothing in it")
+
+
+class Digits(list):
+    """The digits of a picture; note says in a few words what is missing of it, if anything is."""
+
+    def __init__(self, note: str):
+        super().__init__()
+        self.note = note
+
+
 class Digit(NamedTuple):
     """One digit of a picture."""
 
@@ -56,17 +78,21 @@ class Digit(NamedTuple):
     row: int  # row of digits it stands in, from 0 at the top
 
 
-def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
-    """Return the digits of a picture, row by row, left to right; ValueError if there are none."""
+def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
+    """Return the digits of a picture, row by row, each from left to right.
+
+    Raise NothingThere if there are none, ValueError or one of Pillow's errors if it can't be read.
+    """
     image = open_picture(source, page)
     ink = find_ink(to_gray(image))
-    across = image.width / ink.shape[1]
-    down = image.height / ink.shape[0]
+    scale = image.info["scale"]
+    across = scale * image.width / ink.shape[1]
+    down = scale * image.height / ink.shape[0]
     parts = find_parts(ink)
     rows = in_rows(join_parts(parts)) if parts.any() else []
     if not rows:
-        raise ValueError("there is nothing in it")
-    digits = []
+        raise NothingThere
+    digits = Digits(image.info["note"])
     for number, row in enumerate(rows):
         for part in row:
             top, left, bottom, right = part.bbox
@@ -76,90 +102,195 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
     return digits
 
 
+def doubt(digit: Digit, probabilities: Tensor) -> str:
+    """Return why a reading, as probabilities (10,), isn't sure, in a few words; "" if it is."""
+    others = [
+        str(n)
+        for n in probabilities.argsort(descending=True)[1:3].tolist()
+        if probabilities[n] > UNSURE
+    ]
+    return f"may also be a {' or a '.join(others)}" if others else ""
+
+
+# ---------------------------------------------------------------------------- opening
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
-    """Return one page of an image file as it is shown: rotated as its EXIF data says."""
+    """Return one page of an image file as it is shown, in RGB, with at most SHOWN pixels.
+
+    info["scale"] says how many of the file's pixels lie along one of its own, and info["note"]
+    what is missing of the picture, if anything is.
+    """
     with open_file(source) as image:
         if page:
             image.seek(page)
-        if image.width * image.height > MOST_PIXELS:  # the first page may have been smaller
-            raise ValueError("it has too many pixels: make it smaller")
-        if min(image.size) < SMALLEST:
-            raise ValueError("there is nothing in it")
-        image.load()
-        try:
-            return ImageOps.exif_transpose(image)
-        except Exception:  # a broken EXIF block says nothing about the pixels
-            return image.copy()
+            check_size(image, source)  # the first page may have been smaller
+        original = image.size
+        scale = max(1, math.sqrt(math.prod(original) / SHOWN))
+        size = [max(1, round(n / scale)) for n in original]
+        image.draft(None, size)  # a JPEG is reduced while it is decoded
+        note = ""
+        if load(image):
+            small = shrink(image, size)
+        else:
+            missing_is = 128 if image.format in ("JPEG", "MPO") else 0
+            small, note = without_the_missing(shrink(image, size), missing_is)
+        if min(small.size) < SMALLEST:
+            raise NothingThere(note)
+        small.getexif()[ExifTags.Base.Orientation] = orientation(image)
+    shown = in_rgb(ImageOps.exif_transpose(small))
+    shown.info = {"scale": scale, "note": note}
+    return shown
 
 
 def count_pages(source: str | Path | BinaryIO) -> int:
     """Return how many pages or frames an image file has."""
     with open_file(source) as image:
-        if image.format in ("MPO", "PSD"):  # a camera's previews, and layers, are no pages
+        if image.format == "MPO":  # a camera's previews are no pages
             return 1
         return getattr(image, "n_frames", 1)
 
 
 def open_file(source: str | Path | BinaryIO) -> Image.Image:
-    """Open an image file; ValueError if it has more than MOST_PIXELS."""
+    """Open an image file; ValueError if it would take too much memory or time."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        return Image.open(source)
+        image = Image.open(source, formats=formats)
     except Image.DecompressionBombError:
         raise ValueError("it has too many pixels: make it smaller") from None
+    check_size(image, source)
+    return image
 
 
-def in_8_bits(image: Image.Image) -> Image.Image:
-    """Return a picture with 16 bits of grey, or floats, of any range, in shades from 0 to 255.
+def check_size(image: Image.Image, source: str | Path | BinaryIO) -> None:
+    """Raise ValueError if decoding a picture would take too much memory or time."""
+    is_path = isinstance(source, str | Path)
+    n_bytes = os.path.getsize(source) if is_path else source.seek(0, os.SEEK_END)
+    pixels = math.prod(image.size)
+    per_pixel = BYTES_PER_PIXEL.get(image.format, 5)
+    if image.format in ("JPEG", "MPO"):
+        n_scans = count_scans(image.fp)
+        if n_scans > MOST_SCANS:
+            raise ValueError(f"it is a JPEG of {n_scans} scans: save it once more")
+        if n_scans > 1:
+            per_pixel = 8  # what all scans add up to is kept until the last one
+    if pixels * per_pixel > MOST_MEMORY:
+        raise ValueError("it has too many pixels: make it smaller")
+    most_per_byte = MOST_PER_BYTE
+    if image.format == "PPM":  # not compressed, so 8 at most
+        most_per_byte = 16
+        if image.tile[0].codec_name != "raw" and pixels > SHOWN:  # Pillow decodes it in Python
+            raise ValueError("it has too many pixels for its format: save it as PNG")
+    if pixels > most_per_byte * n_bytes:
+        width, height = image.size
+        raise ValueError(f"{width} x {height} pixels can't be in {n_bytes} bytes")
 
-    Of LAB, only the lightness is left.
+
+def count_scans(file: BinaryIO) -> int:
+    """Return how many scans a JPEG file has; each goes over all of the picture once more."""
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    n_scans = 0
+    place = 2  # after the marker that says that this is a JPEG
+    while marker := re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search(data, place):
+        if marker[0] == b"\xff\xd9":  # the picture's end
+            break
+        n_scans += marker[0] == b"\xff\xda"
+        length = data[marker.end() : marker.end() + 2]
+        place = marker.end() + int.from_bytes(length)
+    return n_scans
+
+
+def load(image: Image.Image) -> bool:
+    """Decode an opened picture as far as it goes; return whether it is whole."""
+    try:
+        image.load()
+        return True
+    except OSError:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        image.load()
+        return False
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def orientation(image: Image.Image) -> int:
+    """Return how a picture is to be turned, as its EXIF data says."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
+def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a picture scaled to a size, in 8 bits of grey, RGBA or floats.
+
+    It is done in bands, because Pillow's steps each need a copy.
     """
-    if image.mode == "LAB":
-        return image.getchannel("L")
-    if image.mode[0] not in "IF":
-        return image
-    pixels = np.nan_to_num(np.asarray(image, np.float32))
-    low, high = np.percentile(pixels, (0.1, 99.9))
-    pixels = (pixels - low) / max(high - low, 1e-9) * 255
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    scale = image.height / size[1]
+    bands = []
+    for top in range(0, size[1], 16):
+        bottom = min(top + 16, size[1])
+        first = math.floor(top * scale)
+        last = min(math.ceil(bottom * scale), image.height)
+        band = image.crop((0, first, image.width, last))
+        if image.mode == "LAB":
+            band = band.getchannel("L")
+        elif image.mode[0] in "IF":  # 16 bits, or floats
+            band = band.convert("F")
+        else:
+            band = band.convert("RGBA")
+        box = 0, top * scale - first, image.width, min(bottom * scale - first, last - first)
+        band = band.resize((size[0], bottom - top), Image.Resampling.BOX, box)
+        bands.append(np.asarray(band))
+    return Image.fromarray(np.concatenate(bands))
 
 
+def without_the_missing(picture: Image.Image, missing_is: int) -> tuple[Image.Image, str]:
+    """Return a picture without the rows that its file lacks, and what there is to say of it."""
+    last_column = np.atleast_3d(picture)[:, -1, :3]
+    there = (last_column != missing_is).any(-1).nonzero()[0]
+    rows = there[-1] + 1 if len(there) else 0
+    share = 1 - rows / picture.height
+    note = f"its last {share:.0%} is missing" if share else "the end of its file is missing"
+    return picture.crop((0, 0, picture.width, rows)), note.replace("%", " %")
+
+
+def in_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB: what is transparent contrasts with what is drawn.
+
+    16 bits of grey, or floats, may have any range.
+    """
+    pixels = np.asarray(picture)
+    if pixels.ndim == 2 and pixels.dtype == np.float32:
+        pixels = np.nan_to_num(pixels)
+        low, high = np.percentile(pixels, (0.1, 99.9))
+        pixels = 255 * ((pixels - low) / max(high - low, 1e-9)).clip(0, 1)
+        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    alpha = picture.getchannel("A")
+    drawn = np.asarray(picture.convert("RGBa"))
+    is_dark = drawn[..., :3].mean() < np.asarray(alpha).mean() / 2
+    paper = Image.new("RGBA", picture.size, "white" if is_dark else "black")
+    return Image.alpha_composite(paper, picture).convert("RGB")
+
+
+# ---------------------------------------------------------------------------- ink
 def to_gray(image: Image.Image) -> np.ndarray:
     """Return a picture, scaled to AREA, as brightness, (height, width), about 0 to 1.
 
     Colour becomes grey along the direction in which strokes differ most from what surrounds them.
     """
-    image = in_8_bits(image)
     area = image.width * image.height
     scale = (min(max(area, LEAST_AREA), AREA) / area) ** 0.5
     size = [max(1, round(n * scale)) for n in image.size]
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
-    image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
-    colour = on_paper(np.asarray(image, np.float32) / 255)
+    colour = np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
     some = colour[::2, ::2]
     strokes = (some - blurred(some)).reshape(-1, 3)
     direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
     return colour @ (direction / abs(direction).sum() * np.sign(direction.sum() or 1))
-
-
-def in_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture to be looked at: what is transparent contrasts with what is drawn."""
-    image = in_8_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    colour = on_paper(np.asarray(image.convert("RGBA"), np.float32) / 255)
-    return Image.fromarray((255 * colour).round().astype(np.uint8))
-
-
-def on_paper(pixels: np.ndarray) -> np.ndarray:
-    """Return the colours (H, W, 3) of pixels (H, W, 4), on paper that contrasts with what is drawn.
-
-    All are from 0 to 1. What is transparent becomes white paper or black.
-    """
-    alpha = pixels[..., 3:]
-    drawn = pixels[..., :3] * alpha
-    paper = drawn.mean() < 0.5 * alpha.mean()
-    return drawn + paper * (1 - alpha)
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:
@@ -180,7 +311,7 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
-        raise ValueError("there is nothing in it")
+        raise NothingThere
     return (ink / contrast).clip(0, 1)
 
 

@@ -393,17 +393,19 @@ def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
         except Exception as error:  # Pillow raises many kinds
             status = say_unread(path, error)
             continue
-        for page in range(n_pages):
+        for page in range(min(n_pages, digits.MOST_PAGES)):
             name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
             try:
                 found = digits.read_digits(path, page)
-                say_digits(run, name, [digit.pixels for digit in found])
+                say_digits(run, name, found)
                 if show:
                     suffix = f"-{page + 1}" if n_pages > 1 else ""
-                    picture = draw_found(digits.in_rgb(digits.open_picture(path, page)), found)
+                    picture = draw_found(digits.open_picture(path, page), found)
                     print(save_found(picture, f"{path.stem}{suffix}{FOUND}", path, folder))
             except Exception as error:
                 status = say_unread(name, error)
+        if n_pages > digits.MOST_PAGES:
+            print(f"{path}: only the first {digits.MOST_PAGES} of {n_pages} pages were read")
     return status
 
 
@@ -415,25 +417,22 @@ def say_unread(name: str | Path, error: Exception) -> int:
     return 1
 
 
-def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
-    """Print the number, if there are several digits, and each digit's three likeliest labels."""
-    logits = torch.cat([run.model(image[None].to(run.device)) for image in images])
+def say_digits(run: Run, name: str, found: list) -> None:
+    """Print what the run reads: the number, if there are several digits, and then each digit."""
+    import digits
+
+    logits = torch.cat([run.model(digit.pixels[None].to(run.device)) for digit in found])
     probabilities = logits.softmax(-1).cpu()
-    if len(images) > 1:
+    if found.note:
+        print(f"{name}   {found.note}")
+    if len(found) > 1:
         sureness, number = probabilities.max(-1)
         text = "".join(map(str, number.tolist()))
-        place = int(sureness.argmin())
-        least = f"least sure of {ordinal(place)}: {sureness[place]:.0%}".replace("%", " %")
-        print(f"{name}   {text}   {len(images)} digits, {least}")
-    for n, p in enumerate(probabilities, 1):
-        which = f", digit {n}" if len(images) > 1 else ""
-        print(f"{name}{which}   {likeliest(p)}")
-
-
-def ordinal(place: int) -> str:
-    """Return the English ordinal for a place, counted from 0."""
-    words = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-    return f"the {words[place]}" if place < len(words) else f"digit {place + 1}"
+        print(f"{name}   {text}   {len(found)} digits, all of them right: {sureness.prod():.1%}")
+    for n, (digit, p) in enumerate(zip(found, probabilities, strict=True), 1):
+        which = f", digit {n}" if len(found) > 1 else ""
+        doubt = digits.doubt(digit, p)
+        print(f"{name}{which}   {likeliest(p)}" + (f"   not sure: {doubt}" if doubt else ""))
 
 
 def draw_found(picture, found: list):
@@ -448,7 +447,7 @@ def draw_found(picture, found: list):
     sheet.paste(picture)
     pen = ImageDraw.Draw(sheet)
     for n, digit in enumerate(found):
-        left, top, right, bottom = digit.box
+        left, top, right, bottom = (side / picture.info["scale"] for side in digit.box)
         width = max(1, max(picture.size) // 300)
         pen.rectangle((left, top, right - 1, bottom - 1), outline="red", width=width)
         pen.text((left, max(0, top - 12)), str(n + 1), fill="red")
