@@ -159,9 +159,12 @@ def find(picture: io.BytesIO) -> list[Digit]:
     return digits
 
 
-def preview(picture: io.BytesIO) -> dict:
+def preview(picture: io.BytesIO) -> dict | None:
     """Return a picture as it is read, for the page: browsers don't know all formats."""
-    image = open_picture(picture)
+    try:
+        image = open_picture(picture)
+    except NothingThere:  # it has hardly any pixels
+        return None
     width = image.width * image.info["scale"]  # boxes are in pixels of the file
     note = image.info["note"]
     image.thumbnail(PREVIEW)
