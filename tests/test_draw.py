@@ -484,7 +484,11 @@ def test_many_clients_that_say_nothing_shut_nobody_out(
 # ---------------------------------------------------------------------------- the browser
 CONTROL, SHIFT, ESCAPE, ENTER = "\ue009", "\ue008", "\ue00c", "\ue007"
 LAPTOP, PHONE, LANDSCAPE = (1280, 633), (390, 844), (844, 390)
-SEVEN = np.array([[400, 90], [520, 90], [450, 220], [430, 340]])
+
+
+def seven(x: float = 0) -> np.ndarray:
+    """Return a stroke that is a seven, in the middle of the sheet or beside it."""
+    return np.add([[400, 90], [520, 90], [450, 220], [430, 340]], [x, 0])
 
 
 class Page:
@@ -538,6 +542,7 @@ class Page:
 
     def begin(self, points: np.ndarray, by: str = "mouse") -> None:
         """Draw through points (n, 2) of the sheet, and stay there, pressed."""
+        self.pointer("mouseMoved", *points[0].tolist(), pressed=False, by=by)
         self.pointer("mousePressed", *points[0].tolist(), by=by)
         for x, y in points[1:].tolist():
             self.pointer("mouseMoved", x, y, by=by)
@@ -551,7 +556,7 @@ class Page:
     def wait_until(self, condition: str) -> "Page":
         """Wait until JavaScript says that something is so."""
         for _ in range(400):
-            if self.run(f"return {condition}"):
+            if self.run(f"return Boolean({condition})"):
                 return self
             time.sleep(0.05)
         raise TimeoutError(condition + self.find("main").text)
@@ -734,8 +739,8 @@ def test_digits_at_the_edge_of_the_sheet_are_read(page):
         page.draw(np.array([[x, y], [x, y + (150 if y == 0 else -150)]])).wait()
         assert len(page.boxes()) == 1, (x, y)
         page.press(ESCAPE)
-    seven = (SEVEN - SEVEN.min(0)) * [1.6, 420 / 250] + [400, 0]  # as high as the sheet
-    assert page.draw(seven).numbers() == ["7", "7"]
+    as_high_as_the_sheet = (seven() - [0, 90]) * [1, 420 / 250]
+    assert page.draw(as_high_as_the_sheet).numbers() == ["7", "7"]
 
 
 def test_the_answer_changes_while_one_draws_with_one_request_at_a_time(page, slow_find):
@@ -747,7 +752,7 @@ def test_the_answer_changes_while_one_draws_with_one_request_at_a_time(page, slo
           window.all++;
           try { return await original(...what); } finally { window.under_way--; }
         };""")
-    page.begin(SEVEN)
+    page.begin(seven())
     assert page.numbers() == ["7", "7"]  # before the stroke has ended
     slow_find(0.2)
     for i in range(40):
@@ -759,15 +764,15 @@ def test_the_answer_changes_while_one_draws_with_one_request_at_a_time(page, slo
 
 
 def test_an_answer_that_takes_long_is_marked_as_old(page, slow_find):
-    page.draw(SEVEN - [300, 0]).wait()
+    page.draw(seven(-300)).wait()
     slow_find(1.5)
-    page.draw(SEVEN + [100, 0])
+    page.draw(seven(100))
     time.sleep(0.6)
     assert page.find("#answer").get_attribute("aria-busy") == "true"
     assert page.find("#sign").is_displayed()
     assert float(page.find("#answer b").value_of_css_property("opacity")) < 0.5
     assert page.numbers() == ["77", "77"] and not page.find("#sign").is_displayed()
-    page.draw(SEVEN + [300, 0])
+    page.draw(seven(300))
     page.find("#clear").click()  # what is under way is of no interest any more
     assert page.answer() == "Draw on the sheet." and len(page.boxes()) == 0
     time.sleep(2)
@@ -777,8 +782,8 @@ def test_an_answer_that_takes_long_is_marked_as_old(page, slow_find):
 def test_a_server_that_comes_back_is_asked_by_itself_and_tells_its_own_names(browser, runs):
     with serving({"narrow": runs["mini_vit"]}) as port:
         page = Page(browser, port)
-        assert page.draw(SEVEN).answer().startswith("narrow reads\n7")
-    page.draw(SEVEN + [200, 0])
+        assert page.draw(seven()).answer().startswith("narrow reads\n7")
+    page.draw(seven(200))
     page.wait_until('document.querySelector("#answer .error")')
     assert "is draw.py still running?" in page.find("#answer").text and not page.all(".box")
     with serving({"other": runs["vit"], "third": runs["mini_vit"]}, port) as same:
@@ -871,7 +876,7 @@ def test_what_is_it_counts_and_saves(page, known, tmp_path):
 # ---------------------------------------------------------------------------- keys and pointers
 def test_undo_redo_and_clear_by_button_and_by_key(page):
     for x in (-300, -100, 100):
-        page.draw(SEVEN + [x, 0])
+        page.draw(seven(x))
     assert len(page.boxes()) == 3
     assert len(page.click("#undo").boxes()) == 2
     assert len(page.press(CONTROL, "z").boxes()) == 1
@@ -895,7 +900,7 @@ def test_palms_pinches_and_lost_releases_draw_nothing(page):
     page.resize(*LAPTOP, touch=True)
     strokes = "items.filter(item => item.points).length"
     page.touch("touchStart", (200, 300))  # a palm, and then the pen
-    page.draw(SEVEN, by="pen")
+    page.draw(seven(), by="pen")
     page.touch("touchEnd")
     page.touch("touchStart", (250, 300))  # the palm once more
     page.touch("touchEnd")
@@ -951,7 +956,7 @@ def test_photographs_are_dropped_opened_and_pasted(page, known, tmp_path):
     assert right >= 5
     number = "".join(map(str, labels[:2]))
     assert page.paste(on_sheet(images[:2])).numbers() == 2 * [number]
-    assert len(page.draw(SEVEN).boxes()) == 1  # a stroke starts a new drawing
+    assert len(page.draw(seven()).boxes()) == 1  # a stroke starts a new drawing
     assert page.click("#undo").numbers() == 2 * [number]
 
 
@@ -970,7 +975,7 @@ def test_what_was_dropped_last_wins_and_strokes_are_not_hidden(page, known, slow
     assert page.numbers() == 2 * [str(labels[1])]
     slow_find(0.5)
     page.drop(tmp_path / "slow.png")
-    page.draw(SEVEN)
+    page.draw(seven())
     assert page.numbers() == ["7", "7"] and page.ink(460, 90) < 60
 
 
@@ -996,7 +1001,7 @@ def test_pictures_that_browsers_can_not_show_are_shown(page, known, tmp_path):
 
 
 def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
-    page.draw(SEVEN).wait()
+    page.draw(seven()).wait()
     (tmp_path / "letter.txt").write_text("no picture")
     (tmp_path / "large.png").write_bytes(b"\0" * 25_000_000)
     cases = {"letter.txt": "save it as JPEG or PNG", "large.png": "at most 20 MB; this one has 25"}
@@ -1004,7 +1009,7 @@ def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
         page.drop(tmp_path / name).wait_until("notice.textContent")
         assert words in page.find("#notice").text
         assert page.numbers() == ["7", "7"]
-        page.draw(SEVEN + [100, 0]).wait()
+        page.draw(seven(100)).wait()
         assert not page.find("#notice").text
         page.click("#undo")
     page.drop(text="https://example.com/seven.png").wait_until("notice.textContent")
@@ -1019,7 +1024,7 @@ def test_sheet_buttons_and_answer_fit_the_screen(size, browser, runs):
     with serving({name: runs["mini_vit"]}) as port:
         page = Page(browser, port, size, touch=size in (PHONE, LANDSCAPE))
         width, height = page.run("return [drawing.width, drawing.height]")
-        stroke = SEVEN * [width / 960, height / 420]
+        stroke = seven() * [width / 960, height / 420]
         page.touch("touchStart", tuple(stroke[0]))
         for point in stroke[1:]:
             page.touch("touchMove", tuple(point))
@@ -1048,7 +1053,7 @@ def test_the_page_is_as_dark_as_the_system(dark, page):
 
 def test_the_page_can_be_heard(page):
     assert page.find("#answer").aria_role == "status"
-    page.draw(SEVEN).wait()
+    page.draw(seven()).wait()
     for part in page.all("button, canvas, section"):
         assert not part.is_displayed() or part.accessible_name
     for image in page.all(".digit canvas"):
