@@ -285,14 +285,15 @@ def to_gray(image: Image.Image) -> np.ndarray:
     small = scaled(image, LEAST_AREA)
     side = math.sqrt(LEAST_AREA)
     changes = small - ndimage.gaussian_filter(small, LIGHT * side, axes=(0, 1))
-    changes = changes.reshape(-1, 3)
-    direction = np.linalg.eigh(changes.T @ changes)[1][:, -1]
+    flat = changes.reshape(-1, 3)
+    direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
     direction /= abs(direction).sum()
-    gray = small @ direction
     window = round(NARROW * side)
-    dark = ndimage.grey_closing(gray, (window, window)) - gray
-    light = gray - ndimage.grey_opening(gray, (window, window))
-    if (light**3).sum() > (dark**3).sum():
+    gray = small @ direction
+    change = changes @ direction
+    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change)
+    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change)
+    if (light.clip(0) ** 3).sum() > (dark.clip(0) ** 3).sum():
         direction = -direction
     area = image.width * image.height
     return scaled(image, min(max(area, LEAST_AREA), AREA)) @ direction
