@@ -319,15 +319,12 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
         raise NothingThere
     ink = (ink / contrast).clip(0, 1)
     whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
-    for part in regionprops(label(apply_hysteresis_threshold(whole, FAINT, STRONG))):
+    for part in regionprops(label(whole > FAINT)):
         here = np.zeros(ink.shape, bool)
         here[part.slice] = part.image
         if edge_of(here).any() and ink[here].sum() > whole[here].sum() / 2:
             ink[here] = without_lines(np.where(here, whole, 0))[here]
-    contrast = contrast_of(ink)
-    if contrast < DARKER:
-        raise NothingThere
-    return (ink / contrast).clip(0, 1)
+    return ink
 
 
 def strokes(gray: np.ndarray, **beyond) -> np.ndarray:
@@ -361,9 +358,10 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
         return ink
     seed = ink.copy()
     seed[1:-1, 1:-1] = 0
-    rest = ink - reconstruction(seed, ink)
+    darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
+    rest = np.where(darker > DARKER * ink, ink, 0)
     rows, columns = there.any(1).sum(), there.any(0).sum()
-    if runs > EDGE_RUNS or rows < columns / 5 or rest.max() > DARKER:
+    if runs > EDGE_RUNS or rows < columns / 5 or rest.max() >= STRONG:
         return rest
     return ink
 
