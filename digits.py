@@ -291,12 +291,19 @@ def to_gray(image: Image.Image) -> np.ndarray:
     window = round(NARROW * side)
     gray = small @ direction
     change = changes @ direction
-    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change)
-    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change)
-    if (light.clip(0) ** 3).sum() > (dark.clip(0) ** 3).sum():
+    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change).clip(0)
+    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change).clip(0)
+    least = FAINT * max(dark.max(), light.max())
+    if largest_part(light, least) > largest_part(dark, least):
         direction = -direction
     area = image.width * image.height
     return scaled(image, min(max(area, LEAST_AREA), AREA)) @ direction
+
+
+def largest_part(strokes: np.ndarray, least: float) -> float:
+    """Return how much there is of the largest connected part, from the cubes of its pixels."""
+    labels = label(strokes > least)
+    return np.bincount(labels.ravel(), (strokes**3).ravel())[1:].max(initial=0)
 
 
 def scaled(image: Image.Image, area: int) -> np.ndarray:
