@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 from skimage.measure import label, regionprops
-from skimage.morphology import reconstruction
+from skimage.morphology import disk, reconstruction
 from torch import Tensor
 
 FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM AVIF HEIF".split()  # HEIF: with pillow_heif
@@ -34,25 +34,23 @@ SMALLEST = 4  # pixels of a side; less can't show a digit
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
-BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gone, light remains
-WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
-NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, so that isn't taken for ink
+LIGHT = 1 / 10  # of the side; the sigma of a blur in which strokes are gone, light remains
+NARROW = 1 / 8  # of the side; ink and paper are told apart by what is narrower than this
+WINDOW = 1 / 4  # of the side; strokes are narrower; frames, desks and most shadows wider
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
-EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
-EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
-CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
-LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
+EDGE_RUNS = 4  # a digit that is cut off meets the edge in fewer places than lines of paper
+DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
-GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
+GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
 DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
-HAT = 0.25  # of a digit's height; the bar of a 5 can be this far above the rest
-TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
 class NothingThere(ValueError):
@@ -279,63 +277,72 @@ def in_rgb(picture: Image.Image) -> Image.Image:
 
 # ---------------------------------------------------------------------------- ink
 def to_gray(image: Image.Image) -> np.ndarray:
-    """Return a picture, scaled to AREA, as brightness, (height, width), about 0 to 1.
+    """Return an RGB picture, scaled to AREA, as brightness, (height, width), in which ink is dark.
 
-    Colour becomes grey along the direction in which strokes differ most from what surrounds them.
+    Brightness is measured along the direction of colours in which places differ most from what is
+    around them: of red ink on green paper, it keeps the difference.
     """
+    small = scaled(image, LEAST_AREA)
+    side = math.sqrt(LEAST_AREA)
+    changes = small - ndimage.gaussian_filter(small, LIGHT * side, axes=(0, 1))
+    flat = changes.reshape(-1, 3)
+    direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
+    direction /= abs(direction).sum()
+    window = round(NARROW * side)
+    gray = small @ direction
+    change = changes @ direction
+    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change).clip(0)
+    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change).clip(0)
+    least = FAINT * max(dark.max(), light.max())
+    if largest_part(light, least) > largest_part(dark, least):
+        direction = -direction
     area = image.width * image.height
-    scale = (min(max(area, LEAST_AREA), AREA) / area) ** 0.5
+    return scaled(image, min(max(area, LEAST_AREA), AREA)) @ direction
+
+
+def largest_part(strokes: np.ndarray, least: float) -> float:
+    """Return how much there is of the largest connected part, from the cubes of its pixels."""
+    labels = label(strokes > least)
+    return np.bincount(labels.ravel(), (strokes**3).ravel())[1:].max(initial=0)
+
+
+def scaled(image: Image.Image, area: int) -> np.ndarray:
+    """Return an RGB picture scaled to about so many pixels, (height, width, 3) from 0 to 1."""
+    scale = math.sqrt(area / (image.width * image.height))
     size = [max(1, round(n * scale)) for n in image.size]
-    colour = np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
-    some = colour[::2, ::2]
-    strokes = (some - blurred(some)).reshape(-1, 3)
-    direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
-    return colour @ (direction / abs(direction).sum() * np.sign(direction.sum() or 1))
-
-
-def blurred(picture: np.ndarray) -> np.ndarray:
-    """Return a picture in which strokes are gone and uneven light remains."""
-    side = (picture.shape[0] * picture.shape[1]) ** 0.5
-    return ndimage.gaussian_filter(picture, BACKGROUND * side, axes=(0, 1), truncate=2)
+    return np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
 
 
 def find_ink(gray: np.ndarray) -> np.ndarray:
     """Return how far each pixel stands out from the paper, as a share of the ink's contrast.
 
-    Raise ValueError if nothing stands out from the noise.
+    Raise NothingThere if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    if is_light_ink(gray):
-        gray = -gray
-    ink = dark_strokes(gray, WINDOW)
+    ink = strokes(gray, mode="edge")
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
         raise NothingThere
-    return (ink / contrast).clip(0, 1)
+    ink = (ink / contrast).clip(0, 1)
+    whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
+    for part in regionprops(label(whole > FAINT)):
+        here = np.zeros(ink.shape, bool)
+        here[part.slice] = part.image
+        if edge_of(here).any() and ink[here].sum() > whole[here].sum() / 2:
+            ink[here] = without_lines(np.where(here, whole, 0))[here]
+    return ink
 
 
-def is_light_ink(gray: np.ndarray) -> bool:
-    """Return whether strokes are lighter than paper: by third moments, where strokes dominate."""
-    gray = gray[::3, ::3]  # enough for a sum
-    difference = gray - blurred(gray)
-    dark = np.minimum(dark_strokes(gray, NARROW_WINDOW), (-difference).clip(0))
-    light = np.minimum(dark_strokes(-gray, NARROW_WINDOW), difference.clip(0))
-    return (light**3).sum() > (dark**3).sum()
+def strokes(gray: np.ndarray, **beyond) -> np.ndarray:
+    """Return how much darker each pixel is than the paper near it.
 
-
-def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
-    """Return how much darker each pixel is than the paper, where it belongs to a stroke."""
-    size = round(window * gray.size**0.5)
-    narrow = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
-    seed = gray.copy()
-    seed[1:-1, 1:-1] = gray.max()
-    paper = reconstruction(seed, gray, method="erosion")  # fills what doesn't reach the edge
-    strokes = np.minimum(narrow, paper - gray)
-    contrast = contrast_of(narrow)
-    if contrast_of(strokes) < LEFTOVER * contrast:
-        return narrow * is_cut_off(narrow > FAINT * contrast)
-    return strokes
+    `beyond` says what the picture is like beyond its edge, in np.pad's words.
+    """
+    size = round(WINDOW * math.sqrt(gray.size))
+    padded = np.pad(gray, size, **beyond)
+    darker = ndimage.grey_closing(padded, (size, size)) - padded
+    return darker[size:-size, size:-size]
 
 
 def contrast_of(ink: np.ndarray) -> float:
@@ -343,14 +350,27 @@ def contrast_of(ink: np.ndarray) -> float:
     return np.median(ink[ink >= ink.max() / 2])
 
 
-def is_cut_off(ink: np.ndarray) -> bool:
-    """Return whether ink that meets the edge may be a digit's: no frame, no shadow, no lines."""
-    edges = ink[0], ink[:, -1], ink[-1, ::-1], ink[::-1, 0]
-    touched = sum(edge.any() for edge in edges)  # 4 by a digit that is cropped to its outline
-    edge = np.concatenate(edges)
-    places = np.count_nonzero(edge[1:] & ~edge[:-1])
-    few = places <= EDGE_PLACES and edge.mean() < EDGE_SHARE
-    return few and touched in (1, 4) and ink.any(1).mean() > CUT_HEIGHT
+def edge_of(picture: np.ndarray) -> np.ndarray:
+    """Return the pixels along a picture's edge, clockwise."""
+    return np.concatenate([picture[0], picture[:, -1], picture[-1, ::-1], picture[::-1, 0]])
+
+
+def without_lines(ink: np.ndarray) -> np.ndarray:
+    """Return ink that touches the edge without lines of ruled or squared paper, if it is such."""
+    there = ink > 0
+    edge = edge_of(there)
+    runs = np.count_nonzero(edge & ~np.roll(edge, 1))
+    is_across = (there[0].any() and there[-1].any()) or (there[:, 0].any() and there[:, -1].any())
+    if runs <= EDGE_RUNS and not is_across:
+        return ink
+    seed = ink.copy()
+    seed[1:-1, 1:-1] = 0
+    darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
+    rest = np.where(darker > DARKER * ink, ink, 0)
+    rows, columns = there.any(1).sum(), there.any(0).sum()
+    if runs > EDGE_RUNS or rows < columns / 5 or rest.max() >= STRONG:
+        return rest
+    return ink
 
 
 def find_parts(ink: np.ndarray) -> np.ndarray:
@@ -370,26 +390,23 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
 def join_parts(ink: np.ndarray) -> list:
     """Return the region of each digit. Parts are one digit if the gap between them is small."""
     parts = regionprops(label(ink))
-    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # of width 7: 1 2 3 4 3 2 1
+    stroke = stroke_width(ink)
     size = np.median([part.area for part in parts])
     height = tallest = max(len(part.image) for part in parts)
     together = np.ptp(ink.any(1).nonzero()[0])
     no_holes = all(part.euler_number == 1 for part in parts)
     if no_holes and tallest < DASHED * together and size < DASH * stroke**2:
         height = together
-    reach = GAP * height
-    labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)
+    labels = ink * label(ndimage.distance_transform_edt(~ink) <= GAP * height / 2)
     groups = regionprops(labels)
     least = max(DUST, TALL * max(len(group.image) for group in groups))
-    digits = [group for group in groups if len(group.image) >= least]
-    for small in groups:
-        for digit in digits:
-            gap = digit.bbox[0] - small.bbox[2]
-            above = abs(gap) < HAT * height and digit.bbox[1] < small.centroid[1] < digit.bbox[3]
-            if len(small.image) < least and above:
-                labels[labels == small.label] = digit.label
-    kept = [digit.label for digit in digits]
-    return [digit for digit in regionprops(labels) if digit.label in kept]
+    return [group for group in groups if len(group.image) >= least]
+
+
+def stroke_width(ink: np.ndarray) -> float:
+    """Return the mean width of strokes. The distances to paper in one of 7 are 1 2 3 4 3 2 1."""
+    padded = np.pad(ink, 1)
+    return 4 * ndimage.distance_transform_edt(padded)[padded].mean() - 1
 
 
 def in_rows(digits: list) -> list[list]:
@@ -406,16 +423,27 @@ def in_rows(digits: list) -> list[list]:
     return sorted(rows, key=lambda row: row[0].centroid[0])
 
 
+def resized(ink: np.ndarray, side: int) -> np.ndarray:
+    """Return ink scaled so that its longer side has so many pixels."""
+    size = [max(1, round(side * n / max(ink.shape))) for n in ink.shape]
+    picture = Image.fromarray(ink.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.BOX))
+
+
 def like_mnist(ink: np.ndarray) -> Tensor:
     """Return ink in MNIST's form, (784,) uint8 (LeCun et al. 1998).
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
+    Strokes become as wide as most of MNIST's.
     """
-    size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
-    scaled = Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
-    ink = np.asarray(scaled)
+    large = resized(ink, 80)  # four times as large as MNIST's
+    missing = 4 * STROKE - stroke_width(large > 0.5)
+    radius = round(missing / 2)
+    if radius > 0:
+        ink = ndimage.grey_dilation(np.pad(large, radius), footprint=disk(radius))
+    ink = resized(ink, 20)
     centre = ndimage.center_of_mass(ink)
-    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
+    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, ink.shape, strict=True))
     digit = np.zeros((28, 28), np.uint8)
-    digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()
+    digit[top : top + ink.shape[0], left : left + ink.shape[1]] = (255 * ink / ink.max()).round()
     return torch.from_numpy(digit).flatten()
