@@ -22,6 +22,7 @@ import time
 import webbrowser
 import zipfile
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 from urllib.parse import urlsplit
 
 import psutil
@@ -40,7 +41,6 @@ from digits import Digit, NothingThere, doubt, open_picture, read_digits
 PAGE = Path(__file__).with_name("draw.html")
 MAX_BYTES = 20_000_000  # of a picture
 MOST_DIGITS = 100  # of a picture
-BATCH = 20  # digits that a run sees at once
 PREVIEW = (960, 640)  # the most pixels that the page shows of a picture
 ATTENTION = "orange is where the class token looks"  # attention, rolled out over the blocks
 GRADIENT = "orange supports the answer, blue opposes it"  # gradient of its logit times the pixels
@@ -98,8 +98,8 @@ def probabilities_of(run: look.Run, images: Tensor) -> Tensor:
 def fool(run: look.Run, images: Tensor, distance: float) -> Tensor:
     """Return images (N, 784), each pixel moved by `distance` (white is 1) against the run's answer.
 
-    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572). Unlike in
-    training, pixels stay between black and white, so that the result is an image.
+    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572). What would be
+    darker than black or brighter than white is cut off: in training it is not.
     """
     pixels = (images.to(run.device) / 255).requires_grad_()
     logits = run.model(pixels)
@@ -110,38 +110,24 @@ def fool(run: look.Run, images: Tensor, distance: float) -> Tensor:
 
 
 def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float) -> list[dict]:
-    """Return what the page shows for each digit; with a distance, also of images that fool."""
-    shown = []
-    for digit in digits:
-        pixels = digit.pixels.tolist()
-        shown.append({"box": digit.box, "row": digit.row, "pixels": pixels, "runs": []})
-    for first in range(0, len(digits), BATCH):
-        some = slice(first, first + BATCH)
-        images = torch.stack([digit.pixels for digit in digits[some]])
-        for run in runs.values():
-            answers = answers_of(run, runs, images, distance)
-            for digit, place, answer in zip(digits[some], shown[some], answers, strict=True):
-                answer["doubt"] = doubt(digit, torch.tensor(answer["probabilities"]))
-                place["runs"].append(answer)
+    """Return what the page shows for each digit; with a distance, also an image that fools."""
+    if not digits:
+        return []
+    shown = [{"box": d.box, "row": d.row, "pixels": d.pixels.tolist(), "runs": []} for d in digits]
+    images = torch.stack([digit.pixels for digit in digits])
+    for run in runs.values():
+        probabilities, heat = explain(run, images)
+        heat = (1000 * heat).round().int()  # thousandths: short in JSON
+        for digit, place, p, h in zip(digits, shown, probabilities.cpu(), heat, strict=True):
+            answer = {"probabilities": p.tolist(), "heat": h.tolist(), "doubt": doubt(digit, p)}
+            place["runs"].append(answer)
+        if distance:
+            moved = fool(run, images, distance)
+            seen = torch.stack([probabilities_of(other, moved).cpu() for other in runs.values()], 1)
+            for place, pixels, of_runs in zip(shown, moved.int(), seen, strict=True):
+                fooled = {"pixels": pixels.tolist(), "runs": of_runs.tolist()}
+                place["runs"][-1]["fooled"] = fooled
     return shown
-
-
-def answers_of(
-    run: look.Run, runs: dict[str, look.Run], images: Tensor, distance: float
-) -> list[dict]:
-    """Return what one run makes of each image and, with a distance, who is fooled by its moves."""
-    probabilities, heat = explain(run, images)
-    heat = (1000 * heat).round().int()  # thousandths: short in JSON
-    answers = [
-        {"probabilities": p, "heat": h}
-        for p, h in zip(probabilities.tolist(), heat.tolist(), strict=True)
-    ]
-    if distance:
-        moved = fool(run, images, distance).cpu()
-        seen = [probabilities_of(other, moved).tolist() for other in runs.values()]
-        for answer, pixels, *of_runs in zip(answers, moved.int().tolist(), *seen, strict=True):
-            answer["fooled"] = {"pixels": pixels, "runs": of_runs}
-    return answers
 
 
 def find(picture: io.BytesIO) -> list[Digit]:
@@ -179,7 +165,6 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
     """Return the page and what it asks for. It answers only to these names of this machine."""
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
-    app.json.compact = True
     lock = threading.Lock()  # one picture at a time: memory, and the models, are shared
     legends = [
         {"name": name, "legend": ATTENTION if has_patches(run) else GRADIENT}
@@ -264,8 +249,8 @@ def connection_limit() -> int:
 # ---------------------------------------------------------------------------- addresses
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens at this port or, where that is taken, at the next free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    family = AF_INET6 if ":" in host else AF_INET
+    both = family == AF_INET6 and socket.has_dualstack_ipv6()
     for candidate in range(port, min(port + 100, 65536)):
         try:
             return socket.create_server((host, candidate), family=family, dualstack_ipv6=both)
@@ -279,9 +264,8 @@ def listen(host: str, port: int) -> socket.socket:
 def own_addresses() -> list[str]:
     """Return this machine's addresses, IPv4 first, and first of all that of its default route."""
     cards = psutil.net_if_addrs().values()
-    families = (socket.AF_INET, socket.AF_INET6)
-    addresses = [a.address for card in cards for a in card if a.family in families]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    addresses = [a.address for card in cards for a in card if a.family in (AF_INET, AF_INET6)]
+    with socket.socket(AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing, only asks for the route
             first = probe.getsockname()[0]

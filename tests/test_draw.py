@@ -33,7 +33,6 @@ import torch
 from conftest import ROOT, random_images, random_model
 from pictures import draw as draw_picture
 from PIL import Image
-from skimage.morphology import skeletonize
 
 import draw
 import look
@@ -486,9 +485,16 @@ CONTROL, SHIFT, ESCAPE, ENTER = "\ue009", "\ue008", "\ue00c", "\ue007"
 LAPTOP, PHONE, LANDSCAPE = (1280, 633), (390, 844), (844, 390)
 
 
+STROKES = {  # of a pen: x and y in pixels of the sheet
+    "3": [[(10, 30), (60, 0), (110, 30), (100, 90), (50, 120), (110, 150), (110, 230), (0, 260)]],
+    "4": [[(60, 0), (0, 150), (130, 150)], [(100, 0), (95, 280)]],
+    "7": [[(0, 0), (120, 0), (50, 130), (30, 250)]],
+}
+
+
 def seven(x: float = 0) -> np.ndarray:
     """Return a stroke that is a seven, in the middle of the sheet or beside it."""
-    return np.add([[400, 90], [520, 90], [450, 220], [430, 340]], [x, 0])
+    return np.add(STROKES["7"][0], [400 + x, 90])
 
 
 class Page:
@@ -629,8 +635,8 @@ class Page:
             self.send("Input.dispatchDragEvent", type=kind, x=300, y=200, data=data)
         return self
 
-    def screenshot(self, **clip) -> Image.Image:
-        data = self.send("Page.captureScreenshot", **clip)["data"]
+    def screenshot(self) -> Image.Image:
+        data = self.send("Page.captureScreenshot")["data"]
         return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
@@ -680,57 +686,24 @@ def slow_find(monkeypatch):
     return slow_find
 
 
-def strokes_of(image: torch.Tensor) -> list[np.ndarray]:
-    """Return a digit (784,) as strokes of a pen, each (n, 2), x and y in its 28 x 28 pixels."""
-    enlarged = Image.fromarray(image.view(28, 28).numpy()).resize((112, 112))
-    left = {tuple(point) for point in np.argwhere(skeletonize(np.asarray(enlarged) > 110)).tolist()}
-
-    def neighbours(point: tuple) -> list[tuple]:
-        around = [(point[0] + i, point[1] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        return sorted(
-            set(around) & left - {point}, key=lambda p: abs(p[0] - point[0] + p[1] - point[1])
-        )
-
-    strokes = []
-    while left:
-        stroke = [min(left, key=lambda point: len(neighbours(point)))]  # an end
-        while stroke[-1] is not None:
-            left.remove(stroke[-1])
-            stroke.append(next(iter(neighbours(stroke[-1])), None))
-        stroke = np.array(stroke[:-1])[:, ::-1] / 4
-        if len(stroke) > 5:
-            strokes.append(np.concatenate([stroke[::4], stroke[-1:]]))
-    return strokes
-
-
-def draw_number(page: Page, images: torch.Tensor) -> tuple[np.ndarray, list[int]]:
+def draw_number(page: Page, number: str) -> tuple[np.ndarray, list[int]]:
     """Draw digits side by side; return their extents (N, 4), and how long each answer took."""
     extents, times = [], []
-    for i, image in enumerate(images):
-        left = 460 + 240 * i - 120 * len(images)
-        points = [10 * stroke + [left, 70] for stroke in strokes_of(image)]
-        for stroke in points:
+    for i, digit in enumerate(number):
+        strokes = [np.add(stroke, [120 + 220 * i, 60]) for stroke in STROKES[digit]]
+        for stroke in strokes:
             page.draw(stroke)
             times.append(page.latency())
-        every = np.concatenate(points)
+        every = np.concatenate(strokes)
         extents.append([*(every.min(0) - 10), *(every.max(0) + 10)])  # a pen is 20 wide
     return np.array(extents), times
 
 
 # ---------------------------------------------------------------------------- drawing
-def test_numbers_drawn_stroke_by_stroke_are_read_at_once(page, known):
-    images, labels = known
-    right, well_placed, times = [0, 0], 0, []
-    for first in (0, 3, 6):
-        extents, more = draw_number(page, images[first : first + 3])
-        times += more
-        for run, number in enumerate(page.numbers()):
-            if len(number) == 3:
-                right[run] += sum(int(d) == n for d, n in zip(number, labels[first:], strict=False))
-        if len(page.boxes()) == 3:
-            well_placed += (abs(page.boxes() - extents).max(1) < 8).sum()
-        page.press(ESCAPE)
-    assert min(right) >= 8 and well_placed >= 8
+def test_a_number_is_read_stroke_by_stroke(page):
+    extents, times = draw_number(page, "373")
+    assert page.numbers() == ["373", "373"]
+    assert (abs(page.boxes() - extents) < 8).all()
     assert statistics.median(times) <= LIMIT
 
 
@@ -984,6 +957,7 @@ def test_pictures_that_browsers_can_not_show_are_shown(page, known, tmp_path):
     picture = Image.open(io.BytesIO(on_sheet(images[:1])))
     picture.save(tmp_path / "scan.tiff")
     page.resize(*LAPTOP, dark=True)
+    assert page.ink(480, 5) < 60
     page.drop(tmp_path / "scan.tiff")
     assert page.wait_until("items.at(-1)?.image").numbers() == 2 * [str(labels[0])]
     assert page.ink(480, 5) > 200  # its paper
@@ -1004,7 +978,7 @@ def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
     page.draw(seven()).wait()
     (tmp_path / "letter.txt").write_text("no picture")
     (tmp_path / "large.png").write_bytes(b"\0" * 25_000_000)
-    cases = {"letter.txt": "save it as JPEG or PNG", "large.png": "at most 20 MB; this one has 25"}
+    cases = {"letter.txt": "save it as JPEG or PNG", "large.png": "this one has 25"}
     for name, words in cases.items():
         page.drop(tmp_path / name).wait_until("notice.textContent")
         assert words in page.find("#notice").text
@@ -1042,15 +1016,6 @@ def test_sheet_buttons_and_answer_fit_the_screen(size, browser, runs):
         assert extents[0, 2] <= 0.56 * size[1]
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_page_is_as_dark_as_the_system(dark, page):
-    page.resize(*LAPTOP, dark=dark)
-    page.wait_until("new Promise(done => requestAnimationFrame(() => setTimeout(done, 50, true)))")
-    colour = page.run("return getComputedStyle(document.body).backgroundColor")
-    for brightness in (np.mean([int(n) for n in colour.strip("rgb()").split(",")]), page.ink(5, 5)):
-        assert brightness < 60 if dark else brightness > 200
-
-
 def test_the_page_can_be_heard(page):
     assert page.find("#answer").aria_role == "status"
     page.draw(seven()).wait()
@@ -1062,28 +1027,23 @@ def test_the_page_can_be_heard(page):
 
 # ---------------------------------------------------------------------------- as a script
 def measure(browser, folder: Path) -> str:
-    """Return how long a run takes to answer twenty strokes of test digits, one digit at a time."""
-    images = mini_vit.load_mnist(mini_vit.Config(data_dir=str(ROOT / "data")))[2]
+    """Return how long a run takes to answer a stroke: from its end to the answer on the screen."""
     times = []
     with serving(draw.load_runs([folder], "auto")) as port:
         page = Page(browser, port)
-        draw_number(page, images[:1])
-        for image in images[1:]:
+        draw_number(page, "7")
+        while len(times) < 20:
             page.press(ESCAPE)
-            times += draw_number(page, image[None])[1]
-            if len(times) >= 20:
-                break
-    times = sorted(times[:20])
-    median = statistics.median(times)
-    return f"{folder}: {median:.0f} ms from stroke to answer (of 20: {times[0]} to {times[-1]})"
+            times += draw_number(page, "374")[1]
+    times = sorted(times)
+    return f"{folder}: {statistics.median(times):.0f} ms ({times[0]} to {times[-1]})"
 
 
 def photograph(browser, folders: list[Path], path: Path) -> None:
     """Draw a number and save what the page shows of it."""
-    images = mini_vit.load_mnist(mini_vit.Config(data_dir=str(ROOT / "data")))[2]
     with serving(draw.load_runs(folders, "auto")) as port:
         page = Page(browser, port)
-        draw_number(page, images[:3])
+        draw_number(page, "374")
         page.run("latency.hidden = true")
         picture = page.screenshot()
     picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
