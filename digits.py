@@ -49,10 +49,10 @@ DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
-DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
+DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
-CORE = 0.6  # of the height of all that is close together; parts as tall as this are digits
-WIDE = 1.3  # times its height; a digit is narrower, two that touch are wider
+CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
+WIDE = 1.4  # times its height; a digit is narrower, two that touch are wider
 CONTACT = 1.2  # stroke widths; where digits touch they have no more in common
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
@@ -451,7 +451,7 @@ def cut(there: np.ndarray) -> np.ndarray:
     height, width = there.shape
     best = np.ones(there.shape, int)
     least = CONTACT * stroke_width(there)
-    reach = round(height / 4)
+    reach = max(1, round(height / 4))
     cost = np.pad(np.where(there, 1, 0.02), ((1, 1), (0, 0)), constant_values=0.02)
     for column in range(reach, width - reach, max(1, height // 12)):
         band = cost[:, column - reach : column + reach]
