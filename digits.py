@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
+from skimage.graph import route_through_array
 from skimage.measure import label, regionprops
 from skimage.morphology import disk, reconstruction
 from torch import Tensor
@@ -48,8 +49,11 @@ DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
-DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
+DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
+WIDE = 1.4  # times its height; a digit is narrower, two that touch are wider
+CONTACT = 1.2  # stroke widths; where digits touch they have no more in common
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
@@ -87,7 +91,7 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
     across = scale * image.width / ink.shape[1]
     down = scale * image.height / ink.shape[0]
     parts = find_parts(ink)
-    rows = in_rows(join_parts(parts)) if parts.any() else []
+    rows = in_rows(join_parts(parts, ink)) if parts.any() else []
     if not rows:
         raise NothingThere
     digits = Digits(image.info["note"])
@@ -387,20 +391,82 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     return np.isin(labels, kept)
 
 
-def join_parts(ink: np.ndarray) -> list:
+def join_parts(there: np.ndarray, ink: np.ndarray) -> list:
     """Return the region of each digit. Parts are one digit if the gap between them is small."""
-    parts = regionprops(label(ink))
-    stroke = stroke_width(ink)
+    parts = regionprops(label(there))
+    stroke = stroke_width(there)
     size = np.median([part.area for part in parts])
     height = tallest = max(len(part.image) for part in parts)
-    together = np.ptp(ink.any(1).nonzero()[0])
+    together = np.ptp(there.any(1).nonzero()[0])
     no_holes = all(part.euler_number == 1 for part in parts)
     if no_holes and tallest < DASHED * together and size < DASH * stroke**2:
         height = together
-    labels = ink * label(ndimage.distance_transform_edt(~ink) <= GAP * height / 2)
-    groups = regionprops(labels)
-    least = max(DUST, TALL * max(len(group.image) for group in groups))
-    return [group for group in groups if len(group.image) >= least]
+    labels = there * label(ndimage.distance_transform_edt(~there) <= GAP * height / 2)
+    for _ in range(3):  # a chain of up to eight digits is halved three times
+        for group in regionprops(labels):
+            pieces = separate(group.image, ink[group.slice])
+            labels[group.slice][group.image] = pieces[group.image] + labels.max()
+    digits = regionprops(labels)
+    least = max(DUST, TALL * max(len(digit.image) for digit in digits))
+    return [digit for digit in digits if len(digit.image) >= least]
+
+
+def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """Return where digits are in a group of parts, as numbers: neighbours may touch, or almost."""
+    cores = side_by_side(there)
+    if there.shape[1] > WIDE * len(there):
+        for darkness in np.arange(0.4, 1, 0.1):  # where digits touch, there is often less ink
+            if cores.max() < 2:
+                cores = side_by_side(there & (ink > darkness))
+        if cores.max() < 2:
+            cores = cut(there)
+    if cores.max() < 2:
+        return there.astype(int)
+    nearest = ndimage.distance_transform_edt(
+        cores == 0, return_distances=False, return_indices=True
+    )
+    return cores[tuple(nearest)]
+
+
+def side_by_side(there: np.ndarray) -> np.ndarray:
+    """Return numbers, from 1, of tall parts side by side; those above each other have the same."""
+    labels = label(there)
+    tall = [part for part in regionprops(labels) if len(part.image) >= CORE * len(there)]
+    cores = np.zeros_like(labels)
+    number = end = 0
+    for part in sorted(tall, key=lambda part: part.bbox[1]):
+        _, left, _, right = part.bbox
+        if end - left < (right - left) / 2:
+            number += 1
+        cores[labels == part.label] = number
+        end = max(end, right)
+    return cores
+
+
+def cut(there: np.ndarray) -> np.ndarray:
+    """Return two digits that touch as 1 and 2, cut along a path that crosses one thin stroke.
+
+    Return 1 everywhere if there is no such path between parts that are both tall.
+    """
+    height, width = there.shape
+    best = np.ones(there.shape, int)
+    least = CONTACT * stroke_width(there)
+    reach = max(1, round(height / 4))
+    cost = np.pad(np.where(there, 1, 0.02), ((1, 1), (0, 0)), constant_values=0.02)
+    for column in range(reach, width - reach, max(1, height // 12)):
+        band = cost[:, column - reach : column + reach]
+        path, _ = route_through_array(band, (0, reach), (height + 1, reach))
+        y, x = np.transpose(path)
+        on_ink = band[y, x] == 1
+        places = np.count_nonzero(on_ink[1:] & ~on_ink[:-1])
+        border = np.zeros(height + 2, int)
+        np.maximum.at(border, y, x + column - reach)
+        pieces = 1 + (np.arange(width) > border[1:-1, None])
+        halves = [np.ptp((there & (pieces == n)).any(1).nonzero()[0]) for n in (1, 2)]
+        if places < 2 and on_ink.sum() < least and min(halves) >= CORE * height:
+            best = pieces
+            least = on_ink.sum()
+    return best
 
 
 def stroke_width(ink: np.ndarray) -> float:
