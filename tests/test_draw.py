@@ -6,7 +6,6 @@ python tests/test_draw.py --picture docs/draw.png runs/mini_vit runs/vit  # the 
 
 import argparse
 import base64
-import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -156,18 +155,12 @@ def test_a_picture_is_read_by_each_run(port, known):
 
 def test_a_heat_map_is_the_gradient_times_the_pixels(runs, known):
     """A pixel a little darker lowers the winning logit by what the map says."""
-    run, image = runs["mini_vit"], known[0][:1]
-    heat = draw.explain(run, image)[1].flatten()
-    pixels = image / 255
-    logits = run.model(pixels)
-    differences = torch.zeros(784)
-    for i in image[0].nonzero().flatten().tolist():
-        darker = pixels.clone()
-        darker[0, i] *= 0.99
-        differences[i] = logits[0].max() - run.model(darker)[0, logits.argmax()]
-    differences = differences / differences.abs().max()
-    assert heat.abs().max() == 1
-    torch.testing.assert_close(heat, differences, rtol=0, atol=0.05)
+    model, image = runs["mini_vit"].model, known[0][:1] / 255
+    darker = image * (1 - 0.01 * torch.eye(784))  # each row one pixel
+    with torch.no_grad():
+        differences = model(image).max() - model(darker)[:, known[1][0]]
+    heat = draw.explain(runs["mini_vit"], known[0][:1])[1].flatten()
+    torch.testing.assert_close(heat, differences / differences.abs().max(), rtol=0, atol=0.05)
 
 
 def test_runs_of_all_scripts_are_explained_and_fooled(script, module):
@@ -280,14 +273,6 @@ def test_what_can_not_be_read_is_one_line_at_once(port, known):
 
 
 # ---------------------------------------------------------------------------- many clients
-def test_clients_at_once_get_their_own_answers(port, known):
-    bodies = [on_sheet(known[0][i : i + 1 + i % 3]) for i in range(12)]
-    alone = [read(port, body) for body in bodies]
-    with concurrent.futures.ThreadPoolExecutor(4) as clients:
-        assert list(clients.map(lambda body: read(port, body), bodies)) == alone
-    assert len({str(answer) for answer in alone}) == 12
-
-
 def test_nothing_is_computed_for_a_client_that_has_gone(port, monkeypatch):
     seen, may_go_on = [], threading.Event()
 
@@ -408,10 +393,9 @@ def test_who_listens_beyond_this_machine_says_so(capsys, monkeypatch):
                 there, port = re.search(r"http://(\S+):(\d+):", warning).groups()
                 assert there != "127.0.0.1"
                 socket.create_connection((there.strip("[]"), int(port))).close()
-    for host in ("127.0.0.1", "localhost", "127.0.0.2"):
-        with draw.listen(host, 0) as listener:
-            draw.welcome(listener, 0)
-            assert "network" not in capsys.readouterr().out
+    with draw.listen("localhost", 0) as listener:
+        draw.welcome(listener, 0)
+    assert "network" not in capsys.readouterr().out
 
 
 def test_errors_are_one_line(tmp_path, folders, monkeypatch):
@@ -527,20 +511,17 @@ class Page:
 
     def at(self, x: float, y: float) -> dict:
         """Return where a point of the sheet is in the window."""
-        code = (
-            "const r = drawing.getBoundingClientRect(); return [r.x, r.y, r.width / drawing.width]"
-        )
-        left, top, scale = self.run(code)
+        code = "const {x, y, width} = drawing.getBoundingClientRect(); return [x, y, width]"
+        left, top, width = self.run(code)
+        scale = width / self.run("return drawing.width")
         return {"x": left + scale * x, "y": top + scale * y}
 
-    def pointer(
-        self, kind: str, x: float, y: float, pressed: bool = True, by: str = "mouse"
-    ) -> None:
+    def pointer(self, kind: str, x: float, y: float, buttons: int = 1, by: str = "mouse") -> None:
         """Move a mouse or a pen to a point of the sheet, press it there or release it."""
-        pressing = {"buttons": int(pressed), "pointerType": by}
+        what = {"type": kind, "buttons": buttons, "pointerType": by}
         if kind != "mouseMoved":
-            pressing |= {"button": "left", "clickCount": 1}
-        self.send("Input.dispatchMouseEvent", type=kind, **self.at(x, y), **pressing)
+            what |= {"button": "left", "clickCount": 1}
+        self.send("Input.dispatchMouseEvent", **what, **self.at(x, y))
 
     def touch(self, kind: str, *points: tuple) -> None:
         points = [self.at(x, y) | {"id": i} for i, (x, y) in enumerate(points)]
@@ -548,7 +529,7 @@ class Page:
 
     def begin(self, points: np.ndarray, by: str = "mouse") -> None:
         """Draw through points (n, 2) of the sheet, and stay there, pressed."""
-        self.pointer("mouseMoved", *points[0].tolist(), pressed=False, by=by)
+        self.pointer("mouseMoved", *points[0].tolist(), buttons=0, by=by)
         self.pointer("mousePressed", *points[0].tolist(), by=by)
         for x, y in points[1:].tolist():
             self.pointer("mouseMoved", x, y, by=by)
@@ -556,7 +537,7 @@ class Page:
     def draw(self, points: np.ndarray, by: str = "mouse") -> "Page":
         """Draw a stroke; don't wait for an answer."""
         self.begin(points, by)
-        self.pointer("mouseReleased", *points[-1].tolist(), pressed=False, by=by)
+        self.pointer("mouseReleased", *points[-1].tolist(), buttons=0, by=by)
         return self
 
     def wait_until(self, condition: str) -> "Page":
@@ -586,31 +567,20 @@ class Page:
     def boxes(self) -> np.ndarray:
         """Return left, top, right and bottom of each box, (N, 4), in pixels of the sheet."""
         code = """
-            const sheet = drawing.getBoundingClientRect();
-            const scale = drawing.width / sheet.width;
+            const {x, y, width} = drawing.getBoundingClientRect();
             return [...document.querySelectorAll(".box")].map(box => {
               const {left, top, right, bottom} = box.getBoundingClientRect();
-              const corners = [left - sheet.x, top - sheet.y, right - sheet.x, bottom - sheet.y];
-              return corners.map(n => scale * n);
+              return [left - x, top - y, right - x, bottom - y].map(n => n * drawing.width / width);
             });"""
         return np.array(self.wait().run(code)).reshape(-1, 4)
 
     def ink(self, x: float, y: float) -> float:
         """Return how bright the sheet is at a point, from 0 to 255."""
-        return np.mean(
-            self.run(f"return [...drawing.getContext('2d').getImageData({x}, {y}, 1, 1).data]")[:3]
-        )
+        code = f"return drawing.getContext('2d').getImageData({x}, {y}, 1, 1).data[0]"
+        return self.run(code)
 
     def press(self, *keys: str) -> "Page":
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        chain = ActionChains(self.driver)
-        for key in keys[:-1]:
-            chain.key_down(key)
-        chain.send_keys(keys[-1])
-        for key in keys[:-1]:
-            chain.key_up(key)
-        chain.perform()
+        self.driver.switch_to.active_element.send_keys(*keys)
         return self.wait()
 
     def click(self, selector: str) -> "Page":
@@ -634,10 +604,6 @@ class Page:
             data = {"items": items, "files": list(map(str, paths)), "dragOperationsMask": 1}
             self.send("Input.dispatchDragEvent", type=kind, x=300, y=200, data=data)
         return self
-
-    def screenshot(self) -> Image.Image:
-        data = self.send("Page.captureScreenshot")["data"]
-        return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
 @contextlib.contextmanager
@@ -730,7 +696,7 @@ def test_the_answer_changes_while_one_draws_with_one_request_at_a_time(page, slo
     slow_find(0.2)
     for i in range(40):
         page.pointer("mouseMoved", 430 + i, 340)
-    page.pointer("mouseReleased", 470, 340, pressed=False)
+    page.pointer("mouseReleased", 470, 340, buttons=0)
     assert len(page.boxes()) == 1
     assert page.run("return window.most") == 1
     assert 2 < page.run("return window.all") < 40
@@ -772,9 +738,7 @@ def test_each_run_has_its_bars_and_says_what_its_heat_map_shows(page, known):
     assert [element.text for element in page.all(".run h2")] == 2 * ["mini_vit", "vit"]
     for i, run in enumerate(page.all(".run")):
         rows = [row.text.split() for row in run.find_elements("css selector", "li")]
-        shown = [float(row[1]) for row in rows]
-        assert len(rows) == 3 and shown == sorted(shown, reverse=True)
-        assert rows[0][0] == page.numbers()[i % 2][i // 2]
+        assert len(rows) == 3 and rows[0][0] == page.numbers()[i % 2][i // 2]
         legend = run.find_element("css selector", ".faint").text
         assert ("class token" if i % 2 else "blue opposes it") in legend
     page.click(".all")
@@ -783,9 +747,6 @@ def test_each_run_has_its_bars_and_says_what_its_heat_map_shows(page, known):
         rows = [row.text.split() for row in run.find_elements("css selector", "li")]
         assert [row[0] for row in rows] == list("0123456789")
         assert sum(float(row[1]) for row in rows) == pytest.approx(100, abs=0.5)
-        code = "return [...arguments[0].querySelectorAll('.bar')].map(bar => 100 * "
-        code += "bar.firstChild.getBoundingClientRect().width / bar.offsetWidth)"
-        assert page.run(code, run) == pytest.approx([float(row[1]) for row in rows], abs=0.5)
     code = "return new Set(arguments[0].getContext('2d').getImageData(0, 0, 224, 224).data).size"
     assert all(page.run(code, canvas) > 20 for canvas in page.all(".digit canvas"))
 
@@ -793,20 +754,9 @@ def test_each_run_has_its_bars_and_says_what_its_heat_map_shows(page, known):
 def test_what_is_unsure_is_said(page, known, monkeypatch):
     monkeypatch.setattr(draw, "doubt", lambda digit, probabilities: "may be a line")
     page.paste(on_sheet(known[0][:1]))
-    assert "mini_vit: this may be a line." in page.answer()
-    assert "disagree" not in page.answer()
-    original = draw.explain
-
-    def disagree(run, images):
-        probabilities, heat = original(run, images)
-        return probabilities.roll(1, -1) if draw.has_patches(run) else probabilities, heat
-
-    monkeypatch.setattr(draw, "explain", disagree)
-    page.paste(on_sheet(known[0][:1]))
+    assert "mini_vit: this may be a line." in page.answer() and "disagree" not in page.answer()
+    page.run("answer.digits[0].runs[1].probabilities.reverse(); show()")
     assert "The runs disagree." in page.answer()
-    page.press(ESCAPE)
-    page.draw(np.array([[400, 200], [400, 200]]))  # a click
-    assert page.wait().all("#answer b") or page.answer() == "I see no digit in this."
     page.paste(png(np.full((200, 300), 255, np.uint8)))
     assert page.answer() == "I see no digit in this." and not page.find("#latency").text
 
@@ -886,33 +836,24 @@ def test_palms_pinches_and_lost_releases_draw_nothing(page):
     assert page.wait().run(f"return {strokes}") == 1
     page.resize(*LAPTOP)
     page.press(ESCAPE)
-    page.pointer("mouseMoved", 480, -15, pressed=False)  # begins outside
+    page.pointer("mouseMoved", 480, -15, buttons=0)  # begins outside
     page.pointer("mousePressed", 480, -15)
     page.pointer("mouseMoved", 480, 100)
     page.pointer("mouseMoved", 470, 300)
-    page.pointer("mouseMoved", 300, 300, pressed=False)  # its release is lost
-    page.pointer("mouseMoved", 200, 200, pressed=False)
+    page.pointer("mouseMoved", 300, 300, buttons=0)  # its release is lost
+    page.pointer("mouseMoved", 200, 200, buttons=0)
     ((left, top, _, bottom),) = page.boxes()
     assert left > 440 and top < 10 and bottom > 290
     page.press(ESCAPE)
     page.pointer("mousePressed", 480, 15)
-    page.pointer("mouseReleased", 480, 15, pressed=False)
+    page.pointer("mouseReleased", 480, 15, buttons=0)
     assert page.run("return items.at(-1).points.length") == 1  # hovering has not drawn
 
 
-@pytest.mark.parametrize("joined", ["undefined", "() => []"])
-def test_browsers_that_join_no_pointer_events_draw_lines_too(joined, page):
-    """Firefox for Android returns an empty list; a page that isn't HTTPS may lack the method."""
-    page.run(f"PointerEvent.prototype.getCoalescedEvents = {joined}")
-    (box,) = page.draw(np.array([[200, 60], [210, 150], [220, 300]])).boxes()
-    assert box[3] - box[1] > 200
-
-
 # ---------------------------------------------------------------------------- pictures
-def test_photographs_are_dropped_opened_and_pasted(page, known, tmp_path):
+def test_photographs_are_dropped_and_opened(page, known, tmp_path):
     images, labels = known
-    right = 0
-    for i, way in enumerate(["drop", "open"] * 3):
+    for i, way in enumerate(["drop", "open"]):
         picture = draw_picture(images[i].view(28, 28).numpy(), "photograph", random.Random(i))
         exif = Image.Exif()
         exif[0x112] = 6  # to be shown rotated by 90 degrees clockwise
@@ -920,17 +861,15 @@ def test_photographs_are_dropped_opened_and_pasted(page, known, tmp_path):
         picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
         page.drop(path) if way == "drop" else page.find("#file").send_keys(str(path))
         page.wait_until(f"items.length === {i + 1} && items.at(-1).image")
-        right += page.numbers() == 2 * [str(labels[i])]
+        assert page.numbers() == 2 * [str(labels[i])]
         dark = np.argwhere(np.asarray(picture.convert("L"), float) < 90)
         scale = min(960 / picture.width, 420 / picture.height)
         offset = [(960 - scale * picture.width) / 2, (420 - scale * picture.height) / 2]
         extent = np.concatenate([dark.min(0)[::-1], dark.max(0)[::-1]]) * scale + 2 * offset
         assert abs(page.boxes() - extent).max() < 25
-    assert right >= 5
-    number = "".join(map(str, labels[:2]))
-    assert page.paste(on_sheet(images[:2])).numbers() == 2 * [number]
-    assert len(page.draw(seven()).boxes()) == 1  # a stroke starts a new drawing
-    assert page.click("#undo").numbers() == 2 * [number]
+    page.draw(seven())  # starts a new drawing
+    assert page.numbers() == ["7", "7"]
+    assert page.click("#undo").numbers() == 2 * [str(labels[1])]
 
 
 def test_what_was_dropped_last_wins_and_strokes_are_not_hidden(page, known, slow_find, tmp_path):
@@ -992,11 +931,11 @@ def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
 
 
 # ---------------------------------------------------------------------------- screens
-@pytest.mark.parametrize("size", [LAPTOP, PHONE, LANDSCAPE, (853, 422)], ids=str)
+@pytest.mark.parametrize("size", [LAPTOP, PHONE, LANDSCAPE], ids=str)
 def test_sheet_buttons_and_answer_fit_the_screen(size, browser, runs):
     name = "a_run_with_a_very_long_name_that_has_no_place_to_break_anywhere"
     with serving({name: runs["mini_vit"]}) as port:
-        page = Page(browser, port, size, touch=size in (PHONE, LANDSCAPE))
+        page = Page(browser, port, size, touch=size != LAPTOP)
         width, height = page.run("return [drawing.width, drawing.height]")
         stroke = seven() * [width / 960, height / 420]
         page.touch("touchStart", tuple(stroke[0]))
@@ -1005,12 +944,10 @@ def test_sheet_buttons_and_answer_fit_the_screen(size, browser, runs):
         page.touch("touchEnd")
         assert page.numbers() == ["7"]
         assert page.run("return scrollY") == 0  # the finger has drawn, not scrolled
-        code = "return [document.documentElement.scrollWidth, innerWidth]"
-        assert page.run(code)[0] <= page.run(code)[1]
+        assert page.run("return document.documentElement.scrollWidth") <= size[0]
         seen = ["#sheet", "#undo", "#open", "#fool", "#answer b", ".run li"]
-        code = (
-            "const r = arguments[0].getBoundingClientRect(); return [r.right, r.bottom, r.height]"
-        )
+        code = "const r = arguments[0].getBoundingClientRect()"
+        code += "; return [r.right, r.bottom, r.height]"
         extents = np.array([page.run(code, page.find(part)) for part in seen])
         assert (extents[:, :2] <= size).all(), extents
         assert extents[0, 2] <= 0.56 * size[1]
@@ -1045,7 +982,7 @@ def photograph(browser, folders: list[Path], path: Path) -> None:
         page = Page(browser, port)
         draw_number(page, "374")
         page.run("latency.hidden = true")
-        picture = page.screenshot()
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
