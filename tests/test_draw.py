@@ -217,24 +217,18 @@ def test_labelled_digits_are_saved_and_measured(port, known, folders, tmp_path, 
 
 
 # ---------------------------------------------------------------------------- who is refused
-def test_only_this_machines_names_are_answered(port):
-    for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST", *draw.own_addresses()):
-        name = f"[{name}]" if ":" in name.strip("[]") and name[0] != "[" else name
-        if "%" not in name:
-            assert send(port, "GET", "/", Host=f"{name}:{port}")[0] == 200, name
+def test_other_names_and_other_sites_pages_are_refused(port):
+    picture = png(np.full((50, 50), 255, np.uint8))
+    for name in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST"):
+        assert send(port, "GET", "/", Host=f"{name}:{port}")[0] == 200, name
+    own = f"http://127.0.0.1:{port}"
+    assert send(port, "POST", "/read", picture, Origin=own)[0] == 200
     others = ("evil.example", "198.51.100.7", "127.0.0.1.evil.example", "localhost.evil.example")
     for name in (*others, "evil.example@127.0.0.1", "", "[::1].evil.example", "[2001:db8::1]"):
         for method, path in (("GET", "/"), ("POST", "/read"), ("POST", "/save")):
-            answer = send(port, method, path, b"x", Host=f"{name}:{port}")
+            answer = send(port, method, path, picture, Host=f"{name}:{port}")
             assert one_line_of(answer) == 403, name
-
-
-def test_other_origins_are_refused(port):
-    own = f"http://127.0.0.1:{port}"
-    picture = png(np.full((50, 50), 255, np.uint8))
-    assert send(port, "POST", "/read", picture, Origin=own)[0] == 200
-    others = ("http://evil.example", "null", "http://127.0.0.1:1", own.replace("http", "https"))
-    for origin in (*others, own.replace("127.0.0.1", "localhost")):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", own.replace("p:", "ps:")):
         assert one_line_of(send(port, "POST", "/read", picture, Origin=origin)) == 403, origin
 
 
@@ -293,18 +287,6 @@ def test_nothing_is_computed_for_a_client_that_has_gone(port, monkeypatch):
     may_go_on.set()
     assert clients[0].getresponse().status == clients[2].getresponse().status == 200
     assert seen == [b"1", b"3"]
-
-
-def test_a_run_that_fails_is_one_line_and_a_traceback(port, known, monkeypatch, caplog):
-    def fail(run, images):
-        raise RuntimeError("out of memory\nand more")
-
-    monkeypatch.setattr(draw, "explain", fail)
-    answer = send(port, "POST", "/read", on_sheet(known[0][:1]))
-    assert one_line_of(answer) == 500 and b"draw.py failed: out of memory" in answer[1]
-    monkeypatch.undo()
-    read(port, on_sheet(known[0][:1]))
-    assert "RuntimeError" in caplog.text  # which goes to the terminal
 
 
 # ---------------------------------------------------------------------------- the command
@@ -851,25 +833,35 @@ def test_palms_pinches_and_lost_releases_draw_nothing(page):
 
 
 # ---------------------------------------------------------------------------- pictures
-def test_photographs_are_dropped_and_opened(page, known, tmp_path):
-    images, labels = known
-    for i, way in enumerate(["drop", "open"]):
-        picture = draw_picture(images[i].view(28, 28).numpy(), "photograph", random.Random(i))
-        exif = Image.Exif()
-        exif[0x112] = 6  # to be shown rotated by 90 degrees clockwise
-        path = tmp_path / f"{i}.jpg"
-        picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
-        page.drop(path) if way == "drop" else page.find("#file").send_keys(str(path))
-        page.wait_until(f"items.length === {i + 1} && items.at(-1).image")
-        assert page.numbers() == 2 * [str(labels[i])]
+def test_pictures_are_shown_as_they_are_read(page, known, tmp_path):
+    (image, *_), (label, *_) = known
+    photograph = draw_picture(image.view(28, 28).numpy(), "photograph", random.Random(1))
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be shown rotated by 90 degrees clockwise
+    photograph.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.jpg", exif=exif)
+    scan = Image.open(io.BytesIO(on_sheet(image[None])))
+    scan.save(tmp_path / "scan.tiff")  # which browsers can't show
+    clear = Image.new("RGBA", scan.size)  # black on transparent
+    clear.putalpha(Image.eval(scan, lambda v: 255 - v))
+    clear.save(tmp_path / "clear.png")
+    page.resize(*LAPTOP, dark=True)
+    assert page.ink(480, 5) < 60
+    for i, name in enumerate(["rotated.jpg", "scan.tiff", "clear.png"]):
+        page.find("#file").send_keys(str(tmp_path / name)) if i else page.drop(tmp_path / name)
+        page.wait_until(f"items.length === {i + 1} && items[{i}].image")
+        assert page.numbers() == 2 * [str(label)] and page.ink(480, 5) > 90  # paper, or a desk
+        picture = scan if i else photograph
         dark = np.argwhere(np.asarray(picture.convert("L"), float) < 90)
         scale = min(960 / picture.width, 420 / picture.height)
         offset = [(960 - scale * picture.width) / 2, (420 - scale * picture.height) / 2]
         extent = np.concatenate([dark.min(0)[::-1], dark.max(0)[::-1]]) * scale + 2 * offset
         assert abs(page.boxes() - extent).max() < 25
+    whole = (tmp_path / "rotated.jpg").read_bytes()
+    (tmp_path / "broken.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    page.drop(tmp_path / "broken.jpg")
+    assert "missing" in page.wait_until("items.length === 4 && items[3].image").answer()
     page.draw(seven())  # starts a new drawing
     assert page.numbers() == ["7", "7"]
-    assert page.click("#undo").numbers() == 2 * [str(labels[1])]
 
 
 def test_what_was_dropped_last_wins_and_strokes_are_not_hidden(page, known, slow_find, tmp_path):
@@ -889,28 +881,6 @@ def test_what_was_dropped_last_wins_and_strokes_are_not_hidden(page, known, slow
     page.drop(tmp_path / "slow.png")
     page.draw(seven())
     assert page.numbers() == ["7", "7"] and page.ink(460, 90) < 60
-
-
-def test_pictures_that_browsers_can_not_show_are_shown(page, known, tmp_path):
-    images, labels = known
-    picture = Image.open(io.BytesIO(on_sheet(images[:1])))
-    picture.save(tmp_path / "scan.tiff")
-    page.resize(*LAPTOP, dark=True)
-    assert page.ink(480, 5) < 60
-    page.drop(tmp_path / "scan.tiff")
-    assert page.wait_until("items.at(-1)?.image").numbers() == 2 * [str(labels[0])]
-    assert page.ink(480, 5) > 200  # its paper
-    clear = Image.new("RGBA", picture.size)  # black on transparent
-    clear.putalpha(Image.eval(picture, lambda v: 255 - v))
-    clear.save(tmp_path / "clear.png")
-    page.drop(tmp_path / "clear.png")
-    assert page.wait_until("items.length === 2 && items[1].image").numbers()[0] == str(labels[0])
-    assert page.ink(480, 5) > 200
-    broken = tmp_path / "broken.jpg"
-    picture.resize((1400, 1400)).save(broken)
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size * 3 // 4])
-    page.drop(broken)
-    assert "missing" in page.wait_until("items.length === 3 && items[2].image").answer()
 
 
 def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
@@ -951,15 +921,6 @@ def test_sheet_buttons_and_answer_fit_the_screen(size, browser, runs):
         extents = np.array([page.run(code, page.find(part)) for part in seen])
         assert (extents[:, :2] <= size).all(), extents
         assert extents[0, 2] <= 0.56 * size[1]
-
-
-def test_the_page_can_be_heard(page):
-    assert page.find("#answer").aria_role == "status"
-    page.draw(seven()).wait()
-    for part in page.all("button, canvas, section"):
-        assert not part.is_displayed() or part.accessible_name
-    for image in page.all(".digit canvas"):
-        assert image.aria_role in ("img", "image") and len(image.accessible_name) > 20
 
 
 # ---------------------------------------------------------------------------- as a script
