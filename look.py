@@ -49,7 +49,7 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
     if not os.path.exists(path):
         path = Path(folder, "checkpoint.pt")
     if not os.path.exists(path) and os.path.exists(path.with_name("log.csv")):
-        fail(f"{folder} holds no weights yet: a run saves every five minutes, and when it ends")
+        fail(f"{folder} holds no weights yet: a run saves every minute or so, and when it ends")
     try:
         # mmap leaves the optimizer's averages on the disk.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -62,15 +62,16 @@ def load_run(folder: str | Path, data_dir: str | None = None, device: str = "aut
     script = load_script(name, path)
     try:
         config = script.Config(**config)
-        config = replace(config, subset=0, holdout=0, compile="off", device=device)
-        config = replace(config, data_dir=data_dir or script.Config.data_dir)
-        device, *_ = script.set_up(config)
+        config = replace(config, data_dir=data_dir or config.data_dir)
+        device = script.choose_device(device)
         model = script.Transformer(config).to(device)
         model.load_state_dict(weights)
         model.precision = script.choose_precision(config, device)
         model.depth = state["depth"]
     except (TypeError, RuntimeError, ValueError, LookupError, AttributeError) as error:
         fail(f"{path} doesn't fit {name}.py: has the script changed since? ({first_line(error)})")
+    if state.get("source", script.SOURCE) != script.SOURCE:
+        print(f"{name}.py has changed since {folder} was trained", file=sys.stderr)
     for mapped in ("model", "optimizer", "loss_sum"):  # Windows can't replace a mapped file
         state.pop(mapped, None)
     return Run(script, config, device, model.eval(), state)
@@ -93,11 +94,16 @@ def load_script(name: str, path: Path) -> ModuleType:
     return module
 
 
+def test_name(holdout: int) -> str:
+    """Return what a run's test images are called, given its setting `holdout`."""
+    return "held-out" if holdout else "test"
+
+
 def newest_run() -> Path:
     """Return the folder below runs/ that was written last."""
     files = [*Path("runs").glob("*/model.pt"), *Path("runs").glob("*/checkpoint.pt")]
     if not files and any(Path("runs").glob("*/log.csv")):
-        fail("no run below runs/ has saved yet: they do every five minutes, and at their end")
+        fail("no run below runs/ has saved yet: they do every minute or so, and at their end")
     if not files:
         fail("there is no run below runs/: train first, or name the run's folder")
     return max(files, key=os.path.getmtime).parent
@@ -186,17 +192,20 @@ def try_to_draw(draw: Callable[[Path], None], path: Path) -> None:
         print(f"no {path.name}: {reason}", file=sys.stderr)
 
 
-def draw_curves(axes, log: list[dict]) -> None:
-    """Draw losses and, in the second axes, test accuracy and learning rate, over the steps."""
+def draw_curves(axes, log: list[dict], test: str) -> None:
+    """Draw losses and, in the second axes, accuracy and learning rate, over the steps.
+
+    `test` is what the run is tested on: "test" or "held-out" images.
+    """
     losses, accuracy = axes
     steps = [row["iter"] for row in log]
     losses.plot(steps, [row["train_loss"] for row in log], "C0--o", label="training")
-    losses.plot(steps, [row["test_loss"] for row in log], "C0-o", label="test")
+    losses.plot(steps, [row["test_loss"] for row in log], "C0-o", label=test)
     losses.set(xlabel="step", title="cross-entropy", yscale="log")
     losses.legend()
     accuracy.plot(steps, [100 * row["test_accuracy"] for row in log], "C1-o")
     final = f": {log[-1]['test_accuracy']:.2%}" if log else ""
-    accuracy.set(xlabel="step", title=f"test accuracy{final}")
+    accuracy.set(xlabel="step", title=f"{test} accuracy{final}")
     accuracy.set_ylabel("accuracy, %", color="C1")
     rate = accuracy.twinx()
     rate.plot(steps, [row["learning_rate"] for row in log], "C2:")
@@ -272,7 +281,7 @@ def draw_report(
     figure = new_figure(12, 13)
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4, 3, 5))
     *curves, confusion = top.subplots(1, 3)
-    draw_curves(curves, run.state["log"])
+    draw_curves(curves, run.state["log"], test_name(run.config.holdout))
     draw_confusion(confusion, probabilities.argmax(-1), labels)
     draw_mistakes(middle, images, labels, probabilities)
     some = images[:9].to(run.device)
@@ -285,18 +294,24 @@ def draw_report(
 
 def report(run: Run, folder: Path) -> None:
     """Print a run's loss and accuracy, for each digit and for all, and draw report.png."""
-    print(f"{folder}: {run.state['script']}.py, {run.state['iter']} steps; report.png goes there")
     *_, images, labels = run.script.load_mnist(run.config)
+    test = test_name(run.config.holdout)
+    where = run.config.data_dir
+    if where == run.script.Config.data_dir:
+        where = "MNIST"
+    print(f"{folder}: {run.state['script']}.py, {run.state['iter']} steps; report.png goes there")
+    print(f"measured on {len(labels)} {test} images of {where}")
     loss, probabilities = run.script.evaluate(
         run.model, images.to(run.device), labels.to(run.device)
     )
     probabilities = probabilities.cpu()
     right = probabilities.argmax(-1) == labels
-    print(f"test loss: {loss:.4f}")
+    print(f"{test} loss: {loss:.4f}")
     for digit in range(10):
         print(f"accuracy of {digit}: {right[labels == digit].double().mean():.2%}")
     accuracy = right.double().mean()
-    print(f"accuracy: {accuracy:.2%} ({right.sum()} of {len(labels)})", flush=True)
+    kind = "held-out accuracy" if run.config.holdout else "accuracy"
+    print(f"{kind}: {accuracy:.2%} ({right.sum()} of {len(labels)})", flush=True)
 
     def draw(path: Path) -> None:
         draw_report(run, images, labels, probabilities, path)
@@ -326,8 +341,20 @@ def read_log(folder: Path) -> list[dict]:
     return rows
 
 
-def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
-    """Draw each run's test accuracy, from its log's rows, against minutes of training."""
+def tested_on(folder: Path) -> dict:
+    """Return the settings that say what images a run is tested on; {} if it hasn't saved yet."""
+    for name in ("model.pt", "checkpoint.pt"):
+        try:
+            state = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            config = state["config"]
+        except Exception:  # it is missing or damaged, and log.csv alone is enough to compare
+            continue
+        return {field: config.get(field) for field in ("data_dir", "subset", "holdout")}
+    return {}
+
+
+def draw_comparison(logs: dict[str, list[dict]], test: str, path: Path) -> None:
+    """Draw each run's accuracy, from its log's rows, against minutes of training."""
     figure = new_figure(9, 5)
     axes = figure.subplots()
     for name, rows in logs.items():
@@ -345,7 +372,7 @@ def draw_comparison(logs: dict[str, list[dict]], path: Path) -> None:
     worst = min(100 * rows[-1]["test_accuracy"] for rows in logs.values())
     earliest = min(rows[0]["seconds"] for rows in logs.values()) / 60
     axes.set(xscale="log", xlabel="minutes of training")
-    axes.set(ylabel="test accuracy, %", ylim=(worst - 1, None))
+    axes.set(ylabel=f"{test} accuracy, %", ylim=(worst - 1, None))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.margins(x=0.25)  # names need room at the right
@@ -364,9 +391,13 @@ def compare(folders: list[Path]) -> None:
         accuracy = rows[-1]["test_accuracy"]
         minutes = rows[-1]["seconds"] / 60
         print(f"{folder}: {accuracy:.2%} after {minutes:.1f} minutes")
+    tests = [tested_on(folder) for folder in folders]
+    if any(test != tests[0] for test in tests):
+        print("caution: these runs were not tested on the same images")
+    test = test_name(all(test.get("holdout") for test in tests))
 
     def draw(path: Path) -> None:
-        draw_comparison(logs, path)
+        draw_comparison(logs, test, path)
 
     try_to_draw(draw, folders[0].resolve().parent / "comparison.png")
 

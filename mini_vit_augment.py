@@ -6,68 +6,50 @@
 How much does augmentation help? Trained on moved and bent digits, the network reaches 99.48 ±
 0.04 % on the test set (seeds 1 and 2) in 12 minutes on two cores of an Intel Xeon with AMX (torch
 2.15.0), where mini_vit.py reaches 99.23 ± 0.03 %. On an NVIDIA H200 (torch 2.11.0), it reaches
-99.62 % in 152 seconds: there, it trains for longer by default.
+99.62 % in 152 seconds with the longer recipe that is in README.md.
 """
 
 import argparse
-import atexit
 import csv
 import ctypes
 import functools
 import gzip
+import itertools
 import math
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
-import tempfile
-import threading
+import textwrap
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 FILE = Path(globals().get("__file__", "mini_vit_augment.py"))  # a notebook's cell has no file
 SCRIPT = FILE.stem
-SAVE_SECONDS = 300  # about the most training time that a crash can cost
+SOURCE = FILE.read_text("utf-8") if FILE.exists() else ""  # model.pt says what made it
+SAVE_SECONDS = 60  # training time that a stop costs, at most
 
 
 # ---------------------------------------------------------------- hyperparameters
 # Each field of Config is also a flag, with its comment as the help text. Fields that you add become
-# flags, too, if they are an int, float, bool or str.
-
-# The defaults of these fields depend on the device: -1 in Config stands for the value here.
-ON_CUDA = {
-    "batch_size": 4096,
-    "max_iters": 10000,
-    "adversarial": 0.03,
-    "first_layers": 4,
-    "growth": 24.0,
-}
-ELSEWHERE = {
-    "batch_size": 1024,
-    "max_iters": 6000,
-    "adversarial": 0.0,
-    "first_layers": 1,
-    "growth": 60.0,
-}
-
-
+# flags, too, if they are an int, float, bool, str or a Literal of strings.
 @dataclass
 class Config:
-    batch_size: int = -1  # images per optimizer step; -1 is 4096 on CUDA, 1024 elsewhere
-    max_iters: int = -1  # optimizer steps; -1 is 10000 on CUDA, 6000 elsewhere
+    batch_size: int = 1024  # images per optimizer step; lower it if memory runs out
+    max_iters: int = 6000  # optimizer steps; 60000 / batch_size of them are one pass
     eval_interval: int = 500  # optimizer steps between two evaluations
     learning_rate: float = 1e-3  # AdamW's, at its peak; 5e-4 is safer with growth 0
     warmup_iters: int = 200  # optimizer steps until the peak; then a cosine falls to 0 at max_iters
@@ -75,78 +57,55 @@ class Config:
     beta2: float = 0.98  # AdamW's second beta; below the usual 0.999 because runs are short
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # after attention and after feed-forward, in every block
-    adversarial: float = -1  # change in pixel values to raise the loss; -1: 0.03 on CUDA, else 0
+    adversarial: float = 0.0  # pixels (black 0, white 1) move this far to raise the loss; 0: off
     easy_share: float = 0.75  # share of each batch to leave out: the images with the lowest loss
     rotation: float = 16.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.22  # augmentation: largest change of width and of height, as a share
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.8  # augmentation: standard deviation of a control point's shift, in pixels
-    num_workers: int = -1  # processes that augment; 0: none, the device does; -1: 1 per core, to 16
+    num_workers: int = 2  # processes that augment; 0: the training process does, on its device
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks
     n_layers: int = 16  # blocks
-    first_layers: int = -1  # blocks in use at first; -1 is 4 on CUDA, 1 elsewhere
-    growth: float = -1  # larger: other blocks join later; 0: all at first; -1: 24 on CUDA, else 60
+    first_layers: int = 1  # blocks in use at first, unless growth is 0
+    growth: float = 60.0  # later, n_layers * (step / max_iters) ** growth blocks; 0: always all
+    attention: Literal["fast", "by the book"] = "fast"  # the same numbers, by either function
     seed: int = 1  # random seed of weights, order of images, augmentation and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps; auto is CUDA, else MPS, else the CPU
-    precision: str = "auto"  # float32 (TF32 on CUDA), bfloat16; auto: bfloat16 if hardware has it
-    compile: str = "auto"  # torch.compile, on or off; auto is on for CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto is on for CUDA
     data_dir: str = str(FILE.absolute().with_name("data"))  # holds MNIST/raw/*.gz
-    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; if the default is taken, -2, -3, ...
+    out_dir: str = f"runs/{SCRIPT}"  # the run's folder; if it holds another run, -2, -3, ...
     subset: int = 0  # use only the first N images of each set; 0 is all
     holdout: int = 0  # hold out the last N training images, and test on those
 
     def __post_init__(self):
-        """Fill in what depends on the device; raise ValueError, in one line, for a bad value."""
-        on_cuda = self.device.startswith("cuda")
-        if self.device == "auto":
-            on_cuda = torch.cuda.is_available()
-        for name, value in (ON_CUDA if on_cuda else ELSEWHERE).items():
-            if getattr(self, name) == -1:
-                setattr(self, name, value)
+        """Raise ValueError, in one line, for a value that can't be used."""
         at_least_1 = "batch_size max_iters eval_interval n_head d_head n_embd n_layers first_layers"
-        for name in at_least_1.split():
-            if not 1 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be from 1 to 2**63 - 1, not {getattr(self, name)}")
-        for name in ("warmup_iters", "seed", "subset", "holdout"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} must be from 0 to 2**63 - 1, not {getattr(self, name)}")
+        at_least_0 = "warmup_iters weight_decay adversarial growth seed subset holdout"
+        at_least_0 += " rotation shear translation elastic num_workers"
+        for least, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names.split():
+                if not least <= getattr(self, name) < 2**63:
+                    raise ValueError(f"{name} must be {least} or more, not {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
-        strengths = ("rotation", "shear", "translation", "elastic")
-        for name in ("weight_decay", "adversarial", "growth", *strengths):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, and finite, not {getattr(self, name)}")
         for name in ("beta2", "dropout", "easy_share", "scaling"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision must be auto, float32 or bfloat16, not {self.precision}")
-        if self.compile not in ("auto", "on", "off"):
-            raise ValueError(f"compile must be auto, on or off, not {self.compile}")
         if self.n_head * self.d_head != self.n_embd:
             product = f"n_head {self.n_head} * d_head {self.d_head}"
             raise ValueError(f"{product} must be n_embd {self.n_embd}")
-        if self.num_workers < -1:
-            raise ValueError(f"num_workers must be -1 or more, not {self.num_workers}")
 
 
 # ---------------------------------------------------------------- data
 def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
-    # Images follow a header of 16 bytes, labels one of 8.
-    images = read_archive("train-images-idx3", config)[16:].view(-1, 784)
-    labels = read_archive("train-labels-idx1", config)[8:].long()
-    test_images = read_archive("t10k-images-idx3", config)[16:].view(-1, 784)
-    test_labels = read_archive("t10k-labels-idx1", config)[8:].long()
-    if config.subset:
-        images = images[: config.subset]
-        labels = labels[: config.subset]
-        test_images = test_images[: config.subset]
-        test_labels = test_labels[: config.subset]
+    images, labels = read_set("train", config)
+    test_images, test_labels = read_set("t10k", config)
     if config.holdout >= len(images):
         fail(f"holdout {config.holdout} leaves none of the {len(images)} training images")
     if config.holdout:
@@ -154,15 +113,30 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         test_labels = labels[-config.holdout :]
         images = images[: -config.holdout]
         labels = labels[: -config.holdout]
-    return images, labels, test_images, test_labels
+    n = config.subset or len(images)
+    return images[:n], labels[:n], test_images[:n], test_labels[:n]
+
+
+def read_set(name: str, config: Config) -> tuple[Tensor, Tensor]:
+    """Return images (N, 784) uint8 and labels (N,) int64 of MNIST's set "train" or "t10k"."""
+    # Images follow a header of 16 bytes, labels one of 8.
+    images = read_archive(f"{name}-images-idx3-ubyte.gz", config)[16:]
+    labels = read_archive(f"{name}-labels-idx1-ubyte.gz", config)[8:].long()
+    if len(images) != 784 * len(labels) or len(labels) == 0:
+        fail(f"{config.data_dir}: the archives of {name} don't hold 784 pixels for each label")
+    if labels.max() > 9:
+        fail(f"{config.data_dir}: there is a label {labels.max()}, and the network knows 0 to 9")
+    return images.view(-1, 784), labels
 
 
 def read_archive(name: str, config: Config) -> Tensor:
     """Return the bytes of one of MNIST's four archives, uint8; gzip checks their CRC."""
-    path = expanded(config.data_dir) / "MNIST" / "raw" / f"{name}-ubyte.gz"
-    with on_error(f"can't read {path}; restore the archive or set --data_dir"):
-        content = bytearray(gzip.decompress(path.read_bytes()))
-        return torch.frombuffer(content, dtype=torch.uint8)
+    path = Path(os.path.expanduser(config.data_dir), "MNIST", "raw", name)
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"can't read {path}; restore the archive or set --data_dir", error)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
@@ -171,18 +145,18 @@ def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
     They don't depend on earlier steps, so a resumed run sees the same images as an unbroken one.
     Each pass takes each image once; a batch may end one pass and begin the next.
     """
-    begin = (step - 1) * config.batch_size  # images taken before, over all passes
-    last = begin + config.batch_size - 1
-    passes = range(begin // n_images, last // n_images + 1)  # those that the batch takes from
+    before = (step - 1) * config.batch_size  # images taken in earlier steps, over all passes
+    last = before + config.batch_size - 1
+    passes = range(before // n_images, last // n_images + 1)  # those that the batch takes from
     order = torch.cat([shuffled(n_images, n_pass, config.seed) for n_pass in passes])
-    first = begin % n_images
-    return order[first : first + config.batch_size]
+    offset = before % n_images
+    return order[offset : offset + config.batch_size]
 
 
 @functools.lru_cache(maxsize=2)  # many steps share a pass
 def shuffled(n_images: int, n_pass: int, seed: int) -> Tensor:
     """Return the order (n_images,) in which a pass takes the images; n_pass counts from 0."""
-    # The hash of numbers is the same in each process; only that of strings is not.
+    # hash mixes both numbers into one seed, the same one in every process.
     generator = torch.Generator().manual_seed(hash((seed, n_pass)))
     return torch.randperm(n_images, generator=generator)
 
@@ -235,35 +209,22 @@ def warp_basis(device: torch.device) -> Tensor:
     return torch.cat([F.pad(places, (0, 1), value=1.0), bending], -1).to(device)
 
 
-def augment_batch(images: Tensor, step: int, config: Config, rank: int) -> Tensor:
-    """Augment this process's images (B, 784) uint8 for a step."""
-    generator = torch.Generator().manual_seed(hash((config.seed, step - 1, rank)))
-    parts = images.split(256)  # 256 images stay in a core's cache
-    return torch.cat([augment(part, config, generator) for part in parts])
-
-
 class AugmentedBatches(Dataset):
-    """Makes a training process's share of each batch, the same whichever worker makes it.
+    """Makes this process's share of each batch, the same whichever worker makes it."""
 
-    A batch is left in a slot, memory that the workers share with the training process.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, config: Config, rank=0, world=1, n_slots=1):
+    def __init__(self, images: Tensor, labels: Tensor, config: Config, rank: int = 0):
         self.images = images
         self.labels = labels
         self.config = config
         self.rank = rank
-        share = config.batch_size // world
-        self.image_slots = torch.empty(n_slots, share, 784, dtype=torch.uint8).share_memory_()
-        self.label_slots = torch.empty(n_slots, share, dtype=torch.long).share_memory_()
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> int:
-        """Make the batch of (step, indices of its images); return its slot."""
+    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels for (step, indices of its images)."""
         step, share = key
-        slot = (step - 1) % len(self.image_slots)
-        self.image_slots[slot] = augment_batch(self.images[share], step, self.config, self.rank)
-        self.label_slots[slot] = self.labels[share]
-        return slot
+        generator = torch.Generator().manual_seed(hash((self.config.seed, step - 1, self.rank)))
+        parts = self.images[share].split(256)  # 256 images stay in a core's cache
+        moved = [augment(part, self.config, generator) for part in parts]
+        return torch.cat(moved), self.labels[share]
 
 
 def training_batches(
@@ -274,110 +235,17 @@ def training_batches(
     def shares() -> Iterator[tuple[int, list[int]]]:
         for step in range(start + 1, config.max_iters + 1):
             indices = batch_indices(step, len(images), config)
-            # A list, not a tensor: DataLoader's thread would copy that to a worker with OpenMP
-            # threads of its own, and training on a CPU would be a quarter slower.
-            yield step, indices[rank::world].tolist()
+            yield step, indices[rank::world].tolist()  # a list travels to a worker faster
 
-    num_workers = config.num_workers
-    if num_workers < 0:
-        num_workers = min(16, usable_cores())
-    if num_workers == 0:  # this process augments, on the device
-        images = images.to(device)
-        labels = labels.to(device)
-        for step, share in shares():
-            share = torch.tensor(share, device=device)
-            yield augment_batch(images[share], step, config, rank), labels[share]
-        return
-    trouble = r"DataLoader worker \(pid|Connection|Too many open files|shared memory"
-    with on_error("lower num_workers, or raise ulimit -n or the size of /dev/shm", trouble):
-        # A slot for the batch that each worker makes, and one for the batch that is being copied.
-        dataset = AugmentedBatches(images, labels, config, rank, world, num_workers + 1)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,  # the dataset makes whole batches
-            sampler=shares(),
-            num_workers=num_workers,
-            worker_init_fn=ignore_signals,
-            prefetch_factor=1,  # a worker that is ahead would need more slots
-            timeout=1,  # second; next_batch looks for signals in between
-        )
-        atexit.register(kill_workers)
-        with sigchld_kept():
-            batches = iter(loader)
-        while (slot := next_batch(batches)) is not None:
-            batch = dataset.image_slots[slot], dataset.label_slots[slot]
-            # Both copy, as a worker will soon write into the slot again.
-            if device.type == "cuda":
-                copies = [x.pin_memory() for x in batch]
-            else:
-                copies = [x.clone() for x in batch]
-            yield tuple(x.to(device, non_blocking=True) for x in copies)
-
-
-@contextmanager
-def sigchld_kept() -> Iterator[None]:
-    """Undo DataLoader's SIGCHLD handler, which would raise wherever training happens to be.
-
-    That a worker has died is noticed anyway, when the next batch is asked for.
-    """
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    yield
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def next_batch(batches: Iterator) -> int | None:
-    """Return the next batch's slot, or None if there are no more or a signal ends the waiting.
-
-    Fail if no batch has come after a minute.
-    """
-    # Several processes stop together, after a step; but torchrun kills them after 30 seconds.
-    patience = 15 if dist.is_initialized() else 0
-    for _ in range(60):
-        try:
-            return next(batches, None)
-        except RuntimeError as error:
-            timed_out = "DataLoader timed out" in str(error)  # it does each second
-            if stop.requested() and not stop.at_once:  # before the first step, nothing can be saved
-                if not timed_out or patience == 0:
-                    break
-                patience -= 1
-            elif not timed_out:
-                raise
-    kill_workers()
-    if stop.at_once or not stop.requested():
-        fail("no batch came from the workers in a minute: try --num_workers 0")
-    return None
-
-
-def kill_workers() -> None:
-    """End the workers. At exit, Python would wait for them, as they ignore its SIGTERM."""
-    for child in multiprocessing.active_children():
-        if child.daemon:  # a notebook may have other children
-            child.kill()
-
-
-def ignore_signals(worker: int) -> None:
-    """Keep the signals that stop a run from a worker; end it if the training process dies.
-
-    Terminals and clusters send them to all processes, but the last step needs its batch.
-    """
-    for name in Stop.NAMES:
-        if hasattr(signal, name):  # Windows has few of them
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use, given its affinity, container and torchrun."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # the container's quota; "max" (no limit) isn't a number
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    options = {"batch_size": None, "sampler": shares()}  # the dataset makes whole batches
+    if config.num_workers > 0:
+        dataset = AugmentedBatches(images, labels, config, rank)
+        options |= {"num_workers": config.num_workers, "prefetch_factor": 1, "timeout": 60}
+        options |= {"pin_memory": device.type == "cuda"}
+    else:
+        dataset = AugmentedBatches(images.to(device), labels.to(device), config, rank)
+    for batch in DataLoader(dataset, **options):
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 # ---------------------------------------------------------------- model
@@ -451,24 +319,27 @@ class FeedForward(nn.Sequential):
 class MultiHead(nn.Module):
     """Attention within one vector: each token is a single number.
 
-    A linear layer mixes all features into q, k and v, each cut into n_head heads of d_head numbers.
-    A head has d_head tokens: token i has the i-th number of q, of k and of v, and attends to all
-    tokens of its head. Each number has its own row of weights, so no position embedding is needed.
+    Usually, q has shape (B, n_head, tokens, width of a token). Here, it is (B, n_head, d_head): a
+    head has d_head tokens of width 1. Token i has the i-th number of q, of k and of v, and attends
+    to all tokens of its head. As each of them is computed by its own row of self.qkv, the network
+    can tell them apart without a position embedding.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.n_head = config.n_head
-        self.scale = config.n_embd**-0.5  # as in DFin/ViT; the usual width**-0.5 would be 1
+        self.scale = config.n_embd**-0.5  # as in the original; a token's width**-0.5 would be 1
+        by_the_book = config.attention == "by the book"
+        self.attention = attention_by_the_book if by_the_book else scalar_attention
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n_embd)
-        qkv = self.qkv(x).float()  # (B, 3 * n_embd); bfloat16 scores would be too coarse
+        qkv = self.qkv(x).float()  # (B, 3 * n_embd); scores and softmax are float32
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, 3, n_head, d_head)
         q, k, v = qkv.unbind(1)  # each (B, n_head, d_head)
-        out = scalar_attention(q, k, v, self.scale)  # attention_by_the_book, but faster
+        out = self.attention(q, k, v, self.scale)  # (B, n_head, d_head)
         out = out.flatten(1)  # (B, n_embd)
         return self.dropout(self.proj(out))
 
@@ -477,7 +348,7 @@ def attention_by_the_book(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
     """Return sum_j softmax_j(scale q_i k_j) v_j for q, k, v of shape (B, n_head, d_head)."""
     scores = scale * q.unsqueeze(-1) * k.unsqueeze(-2)  # (B, n_head, d_head, d_head), i by j
     weights = scores.softmax(-1)
-    return (weights @ v.unsqueeze(-1)).squeeze(-1)
+    return (weights * v.unsqueeze(-2)).sum(-1)
 
 
 # ---------------------------------------------------------------- the same attention, faster
@@ -543,7 +414,7 @@ def sums_on_cpu(t: Tensor, k: Tensor, vectors: list[Tensor], over_keys: bool) ->
     keys = torch.stack([k - largest, k - smallest], -2)  # (B, n_head, 2, j)
     stacked = torch.stack(vectors, -2)  # (B, n_head, vectors, d_head)
     sums = torch.empty_like(stacked)
-    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))
+    n_images = max(1, 700_000 // (t.shape[1] * t.shape[2] ** 2))  # 2.8 MB of weights
     with torch.autocast(t.device.type, enabled=False):
         for first in range(0, len(t), n_images):
             part = slice(first, first + n_images)
@@ -615,8 +486,9 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
-    (Goodfellow et al. 2015, arXiv:1412.6572). Dropout is on, but drops other features than in the
-    training pass.
+    (Goodfellow et al. 2015, arXiv:1412.6572). It takes a second pass, as long as the training pass,
+    and keeps a network from memorizing its images. Dropout is on, but drops other features than in
+    the training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -661,7 +533,7 @@ class Trainer:
             self.set_depth(depth)
 
     def set_depth(self, depth: int) -> None:
-        """Use the first `depth` blocks from now on."""
+        """Use the first `depth` blocks from now on; AdamW skips the others, without gradients."""
         self.model.depth = depth
         # DDP and CUDA graphs are made for one depth. A single process on a CPU uses neither.
         self.parallel = in_parallel(self.model, self.world)  # the model, in DDP if world > 1
@@ -673,8 +545,8 @@ class Trainer:
         """Do one optimizer step on images (B, 784) uint8 and labels (B,); return the loss.
 
         A gradient that is not finite ruins the weights; the loss returned is then nan, so that
-        train() ends the run without saving. It can't be ended here: a GPU records this method once
-        and replays it (RecordedUpdate), so it must not print or read values.
+        train() ends the run without saving. This method itself must not print or read values: a GPU
+        records it once and then replays what was recorded (RecordedUpdate).
         """
         # The loss is that of hard or adversarial images, so it is above an evaluation's.
         if self.config.easy_share:
@@ -689,10 +561,14 @@ class Trainer:
         return loss.detach().where(norm.isfinite(), math.nan)
 
     def state_dict(self) -> dict:
-        """Return what checkpoint.pt holds: all that resuming needs."""
+        """Return what checkpoint.pt holds: all that going on needs."""
+        settings = asdict(self.config)
+        if self.config.data_dir == Config.data_dir:  # beside the script, wherever that is moved
+            del settings["data_dir"]
         return {
             "script": SCRIPT,
-            "config": asdict(self.config),
+            "source": SOURCE,
+            "config": settings,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "iter": self.step,
@@ -703,10 +579,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what state_dict() returned."""
-        self.model.load_state_dict(state["model"])
+        """Go on from what state_dict() returned; the largest parts are taken out of it."""
+        self.model.load_state_dict(state.pop("model"))
         optimizer_state = self.optimizer.state_dict()  # settings, such as betas, come from config
-        optimizer_state["state"] = state["optimizer"]
+        optimizer_state["state"] = state.pop("optimizer")
         self.optimizer.load_state_dict(optimizer_state)
         self.step = state["iter"]
         self.seconds = state["seconds"]
@@ -715,11 +591,17 @@ class Trainer:
         self.set_depth(state["depth"])
 
 
-def train(config: Config, checkpoint: dict | None = None, folder: Path | None = None) -> int:
-    """Train, print the results, and return the exit status: 0, or 128 + the number of a signal.
+def is_evaluated(step: int, config: Config) -> bool:
+    """Return whether an evaluation follows a step; the first one comes early, to show progress."""
+    return step in (20, config.max_iters) or step % config.eval_interval == 0
 
-    Training continues from the checkpoint, if there is one. A run gets its folder after its first
-    step, because a start that fails should leave no trace.
+
+def train(config: Config, checkpoint: dict | None = None, resume: bool = False) -> None:
+    """Train and print the results; go on from the checkpoint, if there is one.
+
+    A checkpoint is written about once a minute, and a run that is stopped in any way goes on from
+    there (--resume). A new run gets its folder after its first step, because a start that fails
+    should leave no trace.
     """
     device, rank, world = set_up(config)
     train_images, train_labels, test_images, test_labels = load_mnist(config)
@@ -727,77 +609,80 @@ def train(config: Config, checkpoint: dict | None = None, folder: Path | None = 
     test_labels = test_labels.to(device)
     trainer = Trainer(config, device, world)
     if checkpoint:
-        with on_error(f"the weights don't fit the Transformer in {FILE.name}: was it changed?"):
+        try:
             trainer.load_state_dict(checkpoint)
-        say(f"resuming {config.out_dir} from step {trainer.step}")
+        except (RuntimeError, ValueError) as error:
+            fail(f"{config.out_dir} doesn't fit the Transformer in {FILE.name}", error)
     compile_blocks(trainer.model, config, device)
     say_what_trains(trainer)
     batches = training_batches(
         train_images, train_labels, config, trainer.step, device, rank, world
     )
-    no_bar = rank > 0 or not (IN_NOTEBOOK or sys.stderr.isatty())
-    first_step = trainer.step + 1
     last_time = time.perf_counter()
     last_save = time.perf_counter()
+    save_interval = SAVE_SECONDS
+    no_bar = True if rank > 0 else None  # None: a bar on terminals only
     with tqdm(batches, initial=trainer.step, total=config.max_iters, disable=no_bar) as bar:
-        for step, (images, labels) in enumerate(bar, first_step):
-            # Dropout depends on seed, step and process alone, so resuming is exact.
+        for step, (images, labels) in enumerate(bar, trainer.step + 1):
+            # Dropout depends on seed, step and process alone, so resuming is exact, even where a
+            # CUDA graph is replayed: it reads the seed each time.
             torch.manual_seed(hash((config.seed, step, rank)))
             trainer.set_schedules(step)
 
             # One optimizer step.
             loss = trainer.train_on(images, labels)
-            stop.wait_for_steps()  # from now on, there is something to save when a signal comes
-
-            # Average the loss over all processes; see whether a signal asks any of them to stop.
-            loss, stop_number = agree(loss, world)
             trainer.loss_sum += loss
             trainer.step = step
-            if rank == 0 and step == first_step:
-                folder = claim_folder(folder, config)
+            if step == 1 and rank == 0:
+                claim_folder(config, resume)
 
-            # Most steps end here, because reading the loss makes the CPU wait for the GPU.
-            evaluating = step % config.eval_interval == 0 or step == config.max_iters
-            if step % 10 != 0 and not evaluating and not stop_number:
+            # Most steps end here, because reading the loss makes the CPU wait for the GPU. Every
+            # tenth is often enough to see that it is finite, and to save.
+            evaluating = is_evaluated(step, config)
+            if step % 10 != 0 and not evaluating:
                 continue
+            if world > 1:  # what was averaged before is the same in all processes, so it stays
+                dist.all_reduce(trainer.loss_sum.div_(world))
             if not trainer.loss_sum.isfinite():
-                break
-            since = max(last_time, stop.continued_at)  # time doesn't count while suspended (Ctrl-Z)
-            last_time = time.perf_counter()
-            trainer.seconds += last_time - since
-            bar.set_postfix_str(f"step {step}, loss {loss:.4f}", refresh=False)
+                fail(f"the loss is not finite at step {step}: lower learning_rate")
+            now = time.perf_counter()
+            trainer.seconds += now - last_time
+            last_time = now
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
-            if evaluating and rank == 0:
-                probabilities = log_evaluation(trainer, test_images, test_labels)
-                write_log(trainer.log, folder / "log.csv")
+            if evaluating:
+                if rank == 0:
+                    probabilities = log_evaluation(trainer, test_images, test_labels)
+                    write_log(trainer.log, Path(config.out_dir))
+                trainer.loss_sum.zero_()
 
-            if rank == 0 and time.perf_counter() - last_save > SAVE_SECONDS:
-                save(trainer, folder)
+            # Save, but let that take 2 % of the time at most. A stop costs what was trained since.
+            due = now - last_save > save_interval and step < config.max_iters
+            if due and rank == 0:
+                began = time.perf_counter()
+                save(trainer, "checkpoint.pt")
                 last_save = time.perf_counter()
-
-            if stop_number:
-                break
-    if not trainer.loss_sum.isfinite():
-        fail(f"the loss is not finite at step {trainer.step}: lower learning_rate")
-    finished = trainer.step == config.max_iters
+                save_interval = max(SAVE_SECONDS, 50 * (last_save - began))
     if rank == 0:
-        save_at_last(trainer, folder)
-        if finished:
-            print_results(probabilities.cpu(), test_labels.cpu(), config)
-        else:
-            say(f"stopped; to continue: {resume_command(config, world)}")
-    if dist.is_initialized():
-        if finished or stop_number:  # else this process has stopped alone (mini_vit_augment.py can)
-            agree(trainer.loss_sum, world)  # only to wait: torchrun kills all when one ends stopped
+        save(trainer, "model.pt")
+        print_results(probabilities.cpu(), test_labels.cpu(), config)
+    if world > 1:
         dist.destroy_process_group()
-    # In mini_vit_augment.py, a signal can end the batches as well; then stop_number is 0.
-    return 0 if finished else 128 + max(stop_number, stop.number)
 
 
 # ---------------------------------------------------------------- results
+def say(text: str) -> None:
+    """Print a line, above the progress bar; of several processes, only the first prints."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
 def log_evaluation(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
     """Evaluate, print the result, add it to the trainer's log; return the probabilities (N, 10)."""
-    test_loss, probabilities = evaluate(trainer.model, images, labels)
+    # Where a batch fits into memory for training, 16 times as many images do for evaluation.
+    n_images = min(2000, 16 * trainer.config.batch_size)
+    test_loss, probabilities = evaluate(trainer.model, images, labels, n_images)
     accuracy = (probabilities.argmax(-1) == labels).float().mean().item()
     last = trainer.log[-1] if trainer.log else {"iter": 0, "seconds": 0.0}
     steps = trainer.step - last["iter"]
@@ -812,50 +697,33 @@ def log_evaluation(trainer: Trainer, images: Tensor, labels: Tensor) -> Tensor:
         "seconds": trainer.seconds,
     }
     trainer.log.append(row)
-    trainer.loss_sum.zero_()
-    losses = f"train loss {row['train_loss']:.4f}, test loss {test_loss:.4f}"
+    test = "held-out" if trainer.config.holdout else "test"
+    losses = f"train loss {row['train_loss']:.4f}, {test} loss {test_loss:.4f}"
     speed = f"{row['images_per_second']:.0f} images/s, {trainer.seconds:.0f} s"
-    say(f"step {trainer.step}: {losses}, test accuracy {accuracy:.2%}, {speed}")
+    say(f"step {trainer.step}: {losses}, {test} accuracy {accuracy:.2%}, {speed}")
     return probabilities
 
 
 def print_results(probabilities: Tensor, labels: Tensor, config: Config) -> None:
     """Print the three likeliest labels of ten random test digits, and the accuracy."""
+    test = "held-out" if config.holdout else "test"
     generator = torch.Generator().manual_seed(config.seed)
     for i in torch.randperm(len(labels), generator=generator)[:10].tolist():
-        line = f"test digit {i:5d} is a {labels[i]}, the model says"
+        line = f"{test} digit {i:5d} is a {labels[i]}, the model says"
         for p, digit in zip(*probabilities[i].topk(3), strict=True):
             line += f"   {digit}: {p:7.2%}"
         say(line)
     say(f"to see what it has learned: python look.py {shlex.quote(config.out_dir)}")
     correct = int((probabilities.argmax(-1) == labels).sum())
-    say(f"accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)})")
+    kind = "held-out accuracy" if config.holdout else "accuracy"
+    say(f"{kind}: {correct / len(labels):.2%} ({correct} of {len(labels)})")
 
 
 # ---------------------------------------------------------------- hardware
 def set_up(config: Config) -> tuple[torch.device, int, int]:
     """Return the device, this process's rank and the number of processes that train together."""
-    name = config.device
-    rank = 0
-    world = 1
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if dist.is_torchelastic_launched():  # else RANK and WORLD_SIZE come from a cluster; ignore them
-        store, rank, world = next(dist.rendezvous("env://"))
-        if torchrun_store():  # it keeps entries of processes that have died
-            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        if name.startswith("cuda"):
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        backend = "cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with on_error(f"device {name} can't be used"):
-        probe = torch.zeros(1, device=name)
-        probe.item()  # a "meta" tensor has no value
-    device = probe.device
+    rank, world = rank_and_world()
+    device = choose_device(config.device)
     if config.batch_size % world:
         fail(f"batch_size {config.batch_size} can't be split evenly over {world} processes")
     if device.type == "cuda":
@@ -863,7 +731,37 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         torch.set_float32_matmul_precision("high")  # TF32
     elif sys.platform == "linux":
         keep_freed_memory()
+    if world > 1:
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun's store keeps what processes that have died left in it, so that each start
+        # needs keys of its own.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device, rank, world
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that train together."""
+    if not dist.is_torchelastic_launched():  # RANK and WORLD_SIZE, if set, are a cluster's
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this name; auto is CUDA, else MPS, else the CPU."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and dist.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # a "meta" tensor has no value
+    except Exception as error:  # torch raises many kinds
+        fail(f"device {name} can't be used", error)
+    return probe.device
 
 
 def keep_freed_memory() -> None:
@@ -894,7 +792,7 @@ def compile_blocks(model: Transformer, config: Config, device: torch.device) -> 
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:
-        say(f"continuing without torch.compile, which doesn't work here: {first_line(error)}")
+        say(f"continuing without torch.compile, which doesn't work here ({in_one_line(error)})")
         return
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -932,20 +830,9 @@ class RecordedUpdate:
         self.images = images.clone()
         self.labels = labels.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: a DataLoader's thread may pin memory meanwhile.
+        # thread_local: a DataLoader's thread (mini_vit_augment.py's) may pin memory meanwhile.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self.update(self.images, self.labels)
-
-
-def agree(loss: Tensor, world: int) -> tuple[Tensor, int]:
-    """Return the mean loss of all processes, and the signal that asks any of them to stop, or 0."""
-    stop_number = stop.requested()
-    if world == 1:
-        return loss, stop_number
-    number = torch.tensor(stop_number)  # on the CPU: reading it doesn't wait for the GPU
-    dist.all_reduce(loss.div_(world))
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return loss, int(number)
 
 
 def say_what_trains(trainer: Trainer) -> None:
@@ -960,360 +847,179 @@ def say_what_trains(trainer: Trainer) -> None:
 
 
 # ---------------------------------------------------------------- files
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file that replaces the old one once it is written.
+def claim_folder(config: Config, resume: bool) -> None:
+    """Lock out_dir for a new run or, if it holds another one, the next free of -2, -3, ...
 
-    So nobody ever reads half of it, even if the run is killed. The folder is made again if it has
-    gone. Raise OSError if the file can't be replaced.
+    With resume, it must be out_dir itself. The choice is noted in config.out_dir.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for wait in (0.1, 0.3, 1.0):  # on Windows, a reader locks a file for a moment
-            with suppress(PermissionError):
-                os.replace(temporary, path)
-                return
-            time.sleep(wait)
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    wanted = config.out_dir
+    for n in itertools.count(2):
+        folder = Path(config.out_dir)
+        if not holds_run(folder) and lock_folder(folder):
+            if not holds_run(folder):  # a run may have finished in it just before the lock
+                break
+            lock_of(folder.absolute()).release()
+        if resume:
+            fail(f"another process has begun the run in {folder}")
+        config.out_dir = f"{wanted}-{n}"
+    if config.out_dir != wanted:
+        say(f"{wanted} holds another run; this one goes into {config.out_dir}")
+    write_log([], folder)  # in place of the log of a run that was never saved
+    flags = f"--resume --out_dir {shlex.quote(config.out_dir)}"
+    say(f"if this run is stopped, the same command goes on with {flags}")
 
 
-def save(trainer: Trainer, folder: Path) -> bool:
-    """Write checkpoint.pt or, once training is done, model.pt; return whether it worked."""
-    state = trainer.state_dict()
-    name = "checkpoint.pt"
-    if trainer.step == trainer.config.max_iters:
-        del state["optimizer"]
-        name = "model.pt"
-    try:
-        with replacing(folder / name) as file:
-            torch.save(state, file)
-        if name == "model.pt":
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter when a disk is full
-        say(f"can't write {folder / name} ({first_line(error)})")
-        return False
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a run that can go on or is finished."""
+    return (folder / "checkpoint.pt").exists() or (folder / "model.pt").exists()
+
+
+def lock_folder(folder: Path, seconds: float = 0) -> bool:
+    """Lock a folder until this process ends; return whether that worked within these seconds."""
+    with writing_into(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock_of(folder.absolute()).acquire(timeout=seconds)
+        except Timeout:
+            return False
     return True
 
 
-def save_at_last(trainer: Trainer, folder: Path) -> None:
-    """Save when training ends; if the folder can't be written, save elsewhere and fail."""
-    if save(trainer, folder):
-        return
-    with suppress(FileNotFoundError):  # if no directory for temporary files can be written
-        rescue = Path(tempfile.gettempdir(), f"{SCRIPT}-{os.getpid()}")
-        if save(trainer, rescue):
-            fail(f"can't write into {folder}: the run is saved in {rescue} instead")
-    fail(f"can't write into {folder}, nor into a temporary directory")
+@functools.cache  # a lock that nobody refers to would be released
+def lock_of(folder: Path) -> FileLock:
+    return FileLock(folder / ".lock")
 
 
-def write_log(log: list[dict], path: Path) -> None:
+def save(trainer: Trainer, name: str) -> None:
+    """Write checkpoint.pt or, once training is done, model.pt in its place."""
+    state = trainer.state_dict()
+    if name == "model.pt":
+        del state["optimizer"]
+    folder = Path(trainer.config.out_dir)
+    temporary = folder / "saving.tmp"  # if the run is killed meanwhile, the next save replaces it
+    with writing_into(folder):
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+        if name == "model.pt":
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def write_log(log: list[dict], folder: Path) -> None:
     """Write log.csv, a row per evaluation."""
-    columns = dict.fromkeys(name for row in log for name in row)  # some may be newer than the run
-    try:
-        with replacing(path) as new, open(new, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(log)
-    except OSError as error:  # a spreadsheet may have it open
-        say(f"can't write {path} ({first_line(error)}); the next evaluation will try again")
-
-
-def claim_folder(folder: Path | None, config: Config) -> Path:
-    """Make a run's folder, and log.csv in it, which tells other runs that it is taken.
-
-    A run without a folder gets out_dir or, if that is the default and already holds a run, the next
-    free -2, -3, ...; it is noted in config.out_dir.
-    """
-    if folder:
-        start_log(folder)
-        return folder
-    wanted = config.out_dir
-    for n in range(1, 10_000):
-        folder = expanded(wanted if n == 1 else f"{wanted}-{n}")
-        resumable = os.path.exists(folder / "checkpoint.pt")
-        finished = os.path.exists(folder / "model.pt")
-        if not resumable and not finished and start_log(folder):
-            config.out_dir = folder.as_posix()
-            if store := torchrun_store():  # for start(), should torchrun start this run again
-                with suppress(RuntimeError):  # torchrun was killed
-                    store.set("out_dir", config.out_dir)
-            return folder
-        if wanted != Config.out_dir:
-            advice = "add --resume, or choose" if resumable else "choose"
-            fail(f"{folder} holds a run: {advice} another --out_dir")
-        say(f"{folder} holds a run; trying the next")
-    fail(f"{wanted} and {wanted}-2 to -9999 all hold runs")
-
-
-def start_log(folder: Path) -> bool:
-    """Make a folder with an empty log.csv; return whether there was none before.
-
-    Of two runs that do so at once, one gets True.
-    """
-    with on_error(f"can't write into {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / "log.csv").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
-
-def expanded(path: str) -> Path:
-    """Return a path in which ~ is the home directory, if it is known."""
-    return Path(os.path.expanduser(path))
-
-
-def load_checkpoint(folder: Path, given: dict, file="checkpoint.pt") -> tuple[Config, dict]:
-    """Return the config and state of the run in a folder; given flags override its config."""
-    path = folder / file
-    if not os.path.exists(path):
-        finished = os.path.exists(folder / "model.pt")
-        missing = "it is finished" if finished else f"there is no {path}"
-        others = sorted(p.parent for p in folder.parent.glob("*/checkpoint.pt"))
-        hint = f"; --out_dir can be {', '.join(map(str, others))}" if others else ""
-        fail(f"the run in {folder} can't be resumed: {missing}{hint}")
-    with on_error(f"{path} is damaged, or not from this version of {FILE.name}"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it is from {state['script']}.py")
-        saved = Config(**state["config"])  # fields that are newer than the run get their defaults
-        step = state["iter"]
-    with on_error(f"the flags don't fit the settings in {path}"):
-        config = Config(**asdict(saved) | given | {"out_dir": folder.as_posix()})
-    for name in given.keys() - MAY_CHANGE:
-        if getattr(config, name) != getattr(saved, name):
-            fail(f"--{name} can't change on --resume: {path} has {getattr(saved, name)}")
-    if step >= config.max_iters and file == "checkpoint.pt":
-        fail(f"{path} is already at step {step}: raise --max_iters")
-    return config, state
-
-
-# Flags that may change on --resume. All others must stay as they were.
-MAY_CHANGE = {"max_iters", "eval_interval", "device", "precision", "compile", "data_dir", "out_dir"}
-MAY_CHANGE.add("num_workers")
-
-
-def resume_command(config: Config, world: int) -> str:
-    """Return the command that resumes a run."""
-    launch = "python"
-    if world > 1:
-        launch = f"torchrun --standalone --nproc_per_node={world}"
-        if os.environ["LOCAL_WORLD_SIZE"] != str(world):
-            launch = "on every node, torchrun with its flags as before, then"
-    path = sys.argv[0] if Path(sys.argv[0]).name == FILE.name else FILE.name
-    return f"{launch} {shlex.quote(path)} --resume --out_dir {shlex.quote(config.out_dir)}"
-
-
-@functools.cache
-def torchrun_store() -> dist.Store | None:
-    """Return torchrun's own store, which outlives this process; None if it has none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*address, is_master=False)
-
-
-# ---------------------------------------------------------------- signals
-AS_SCRIPT = __name__ == "__main__" and "IPython" not in sys.modules
-IN_NOTEBOOK = "ipykernel" in sys.modules
-
-
-class Stop:
-    """Stops training after the current step at the first signal, and at once at a second Ctrl-C.
-
-    Before the first step is done, any of them ends the script at once. Signals come from Ctrl-C,
-    from kill, from a terminal that closes, or from a cluster about to end the job. One that was
-    ignored when the script started (by nohup, say) stays ignored.
-    """
-
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
-
-    def __init__(self):
-        self.number = 0  # of the signal received, 0 if there is none
-        self.at_once = True  # before the first step is done, there is nothing to save
-        self.continued_at = 0.0  # when the process last went on after it was suspended (Ctrl-Z)
-        self.previous = {}
-        self.parent = os.getppid()
-
-    def __enter__(self) -> None:
-        self.__init__()
-        if dist.is_torchelastic_launched():  # torchrun reports it, so end silently
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        else:
-            self.listen()
-
-    def listen(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python lets only the main thread handle signals
-        for name in self.NAMES:
-            number = getattr(signal, name, None)  # Windows has few of them
-            if number and signal.getsignal(number) is not signal.SIG_IGN:
-                self.previous[number] = signal.signal(number, self.handle)
-        if hasattr(signal, "SIGCONT"):
-            self.previous[signal.SIGCONT] = signal.signal(signal.SIGCONT, self.on_continue)
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame) -> None:
-        self.number = self.number or number
-        # The others stay handled: a system may send them several times for a single reason.
-        if signal.SIGINT in self.previous:
-            handler = signal.SIG_DFL if AS_SCRIPT else self.previous[signal.SIGINT]
-            signal.signal(signal.SIGINT, handler)
-        if not self.at_once:
-            return
-        if AS_SCRIPT:  # a compiler could turn an exception into its traceback, or swallow it
-            os.write(2, f"{ERROR} stopped before the first step: nothing to save\n".encode())
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    def on_continue(self, *_) -> None:
-        self.continued_at = time.perf_counter()
-
-    def wait_for_steps(self) -> None:
-        """Have signals wait for the end of a step from now on."""
-        if self.at_once and dist.is_torchelastic_launched():
-            self.listen()
-        self.at_once = False
-
-    def requested(self) -> int:
-        """Return the number of the signal, SIGTERM if torchrun was killed, or 0."""
-        if not self.number and dist.is_torchelastic_launched() and os.getppid() != self.parent:
-            self.number = signal.SIGTERM
-        return self.number
-
-
-stop = Stop()
-
-
-# ---------------------------------------------------------------- output and errors
-ERROR = f"{SCRIPT}.py: error:"  # begins the last line of a run that fails
-
-
-def say(text: str) -> None:
-    """Print a line. If that fails, the run goes on; only a closed pipe stops it."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        stop.number = stop.number or 13  # SIGPIPE, which Windows lacks
-    except OSError:  # a full disk
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def prepare_output() -> None:
-    """Replace missing streams, and escape characters that a terminal can't show."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):  # a notebook's streams have no such method
-            stream.reconfigure(errors="backslashreplace")
-
-
-def fail(message: str) -> NoReturn:
-    """End with one line on stderr and exit status 1."""
-    raise SystemExit(f"{ERROR} {message}")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or else its type."""
-    return str(error).partition("\n")[0] or type(error).__name__
+    columns = dict.fromkeys(
+        name for row in log for name in row
+    )  # rows may differ, if you add columns
+    with writing_into(folder), open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
 
 
 @contextmanager
-def on_error(message: str, pattern: str = "") -> Iterator[None]:
-    """If an error matches the pattern, fail with one line: the message, then the error's own."""
+def writing_into(folder: Path) -> Iterator[None]:
+    """Fail in one line where that can't be done."""
     try:
         yield
-    except Exception as error:
-        if not re.search(pattern, repr(error)):
-            raise
-        fail(f"{message} ({first_line(error)})")
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when a disk is full
+        fail(f"can't write into {folder}", error)
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """Lock a folder and return its checkpoint; None if its run is yet to start, or is finished."""
+    path = folder / "checkpoint.pt"
+    # The workers of a killed process, if it had any, hold its lock for some seconds more.
+    if path.exists() and rank_and_world()[0] == 0 and not lock_folder(folder, seconds=20):
+        fail(f"another process is training in {folder}")
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it is from {checkpoint['script']}.py")
+        Config(**checkpoint["config"])  # raises TypeError if a field is unknown
+    except Exception as error:  # torch raises many kinds
+        fail(f"{path} is damaged, or not from this version of {FILE.name}", error)
+    return checkpoint
 
 
 # ---------------------------------------------------------------- command line
-def parse_flags(argv: list[str] | None) -> dict:
-    """Return the fields of Config that were given as flags, and `resume`."""
-    source = FILE.read_text("utf-8") if FILE.exists() else ""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(
-        prog=FILE.name, description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return a parser with a flag for each field of Config, and --resume."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", SOURCE, re.MULTILINE))
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(FILE.name, description=description, allow_abbrev=False)
     parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="must",
-        default="no",
-        choices=("must", "auto"),
-        help="continue the run in out_dir; with auto, start one if there is none",
+        "--resume", action="store_true", help="go on with the run in out_dir, or start it"
     )
     for f in fields(Config):
         text = f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip()
         if f.type is bool:
-            action = {"action": argparse.BooleanOptionalAction}
+            options = {"action": argparse.BooleanOptionalAction}
+        elif choices := get_args(f.type):  # of a Literal
+            options = {"choices": choices}
         else:
-            action = {"type": f.type, "metavar": f.type.__name__}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **action)
+            options = {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **options)
+    return parser
+
+
+def say_what_changes(checkpoint: dict, config: Config) -> None:
+    """Print from which step a run goes on, and the settings that flags change."""
+    line = f"going on with {config.out_dir} from step {checkpoint['iter']}"
+    for name, before in checkpoint["config"].items():
+        value = getattr(config, name)
+        if value == before or name == "out_dir":
+            continue
+        if name in ("seed", "n_head", "d_head"):  # it would be another run, or another network
+            fail(f"--{name} can't change on --resume: the run in {config.out_dir} has {before}")
+        line += f", {name} {value} (so far {before})"
+    if checkpoint["iter"] >= config.max_iters:
+        fail(f"{config.out_dir} is already at step {checkpoint['iter']}: raise --max_iters")
+    say(line)
+
+
+def fail(message: str, error: Exception | None = None) -> NoReturn:
+    """End with one line on stderr and exit status 1; the line names the cause, if there is one."""
+    if error:
+        message = f"{message} ({in_one_line(error)})"
+    raise SystemExit(f"{FILE.name}: error: {message}")
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the beginning of an error's message, or its type; torch's have many lines."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, sys.argv if argv is None."""
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-    if given["resume"] != "must":
-        try:
-            Config(**{k: v for k, v in given.items() if k != "resume"})
-        except ValueError as error:
-            parser.error(str(error))
-    return given
-
-
-def start(given: dict) -> int:
-    """Start a new run or resume one, as the flags say; return the exit status."""
     resume = given.pop("resume")
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a process has died
-    store = torchrun_store()
-    if again and store and store.check(["out_dir"]):
-        given["out_dir"] = store.get("out_dir").decode()
-        resume = "auto"
-    if resume == "no":
-        return train(Config(**given))
-    folder = expanded(given.get("out_dir", Config.out_dir))
-    if resume == "auto" and os.path.exists(folder / "model.pt"):
-        load_checkpoint(folder, given, "model.pt")  # it fails if another seed, say, is asked for
-        say(f"{folder} holds a finished run: there is nothing to do")
-        return 0
-    if resume == "auto" and not os.path.exists(folder / "checkpoint.pt"):
-        return train(Config(**given | {"out_dir": folder.as_posix()}), folder=folder)
-    config, checkpoint = load_checkpoint(folder, given)
-    return train(config, checkpoint, folder)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line, sys.argv if argv is None; return the exit status."""
-    prepare_output()
-    given = parse_flags(argv)
-    out_of_memory = "MemoryError|(allocate|out of) memory"
+    folder = Path(os.path.expanduser(given.get("out_dir", Config.out_dir)))
+    checkpoint = load_checkpoint(folder) if resume else None
+    settings = checkpoint["config"] if checkpoint else {}
+    settings = settings | given | {"out_dir": str(folder)}  # flags that are given win
     try:
-        with stop, on_error("out of memory: start again with a lower batch_size", out_of_memory):
-            return start(given)
-    except KeyboardInterrupt:
-        say("stopped at once; if there is a checkpoint, --resume continues from it")
-        return 130
-    except RuntimeError as error:
+        config = Config(**settings)
+    except ValueError as error:
+        parser.error(str(error))
+    if checkpoint:
+        say_what_changes(checkpoint, config)
+    elif resume and (folder / "model.pt").exists():
+        say(f"{folder} holds a finished run: there is nothing to do")
+        return
+    try:
+        train(config, checkpoint, resume)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)):
+            fail("out of memory: lower batch_size", error)
         if not re.search("(closed|reset) by peer|remote process exited", str(error)):
             raise
-        return 1  # another process of this run has ended, and has said why
+        sys.exit(1)  # another of several processes has ended, and has said why
 
 
 if __name__ == "__main__":
-    status = main()
-    if dist.is_torchelastic_launched():  # Gloo's threads could crash Python while it shuts down
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    main()
