@@ -46,7 +46,8 @@ STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
 EDGE_RUNS = 4  # a digit that is cut off meets the edge in fewer places than lines of paper
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
-INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
+INSIDE = 0.25  # of a part's height; if something taller is inside, it is a box or a circle
+LINE = 1.3  # times the tallest digit; a straight line that is longer is no 1
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
 DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
@@ -378,17 +379,28 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
 
 
 def find_parts(ink: np.ndarray) -> np.ndarray:
-    """Return where there is ink of digits: no dust, no boxes or circles around something."""
+    """Return where there is ink of digits: no dust, no boxes, no lines beside digits."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
-    heights = {part.label: len(part.image) for part in parts}
-    kept = []
-    for part in parts:
-        hole = part.image_filled & ~part.image
-        inside = np.unique(labels[part.slice][hole])
-        if max(heights.get(n, 0) for n in [0, *inside]) < INSIDE * len(part.image):
-            kept.append(part.label)
+    kept = [part.label for part in parts if not is_printed(part, parts)]
     return np.isin(labels, kept)
+
+
+def is_printed(part, parts: list) -> bool:
+    """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
+    height, width = part.image.shape
+    others = [len(other.image) for other in parts if other is not part]
+    if width < height / 5 and height > LINE * max(others, default=height):
+        return True
+    top, left, bottom, right = part.bbox
+    away = ndimage.distance_transform_edt(~part.image)
+    for other in parts:
+        y, x = other.coords.T
+        is_inside = top <= y.min() and y.max() < bottom and left <= x.min() and x.max() < right
+        if other is not part and is_inside and len(other.image) > INSIDE * height:
+            if away[y - top, x - left].min() > GAP * len(other.image):
+                return True
+    return False
 
 
 def join_parts(there: np.ndarray, ink: np.ndarray) -> list:
