@@ -49,7 +49,7 @@ GRADIENT = "orange supports the answer, blue opposes it"  # gradient of its logi
 # ---------------------------------------------------------------------------- what the runs see
 def load_runs(folders: list[Path], device: str) -> dict[str, look.Run]:
     """Return the runs in these folders by name, ready to answer fast."""
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = {}
@@ -232,6 +232,7 @@ def make_server(app: Flask, listener: socket.socket):
         cleanup_interval=1,
         channel_request_lookahead=1,  # or waitress won't notice that a client has hung up
         inbuf_overflow=2**16,  # bytes of a picture; what is more goes to a temporary file
+        recv_bytes=2**16,  # at once: each time, waitress looks at all clients
         max_request_body_size=2 * MAX_BYTES,  # so that Flask says what is wrong
     )
 
