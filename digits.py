@@ -44,6 +44,7 @@ NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have les
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
 EDGE_RUNS = 4  # a digit that is cut off meets the edge in fewer places than lines of paper
+THIN = 1 / 20  # of the picture's shorter side; printed lines are thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.25  # of a part's height; if something taller is inside, it is a box or a circle
@@ -372,8 +373,9 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     seed[1:-1, 1:-1] = 0
     darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
     rest = np.where(darker > DARKER * ink, ink, 0)
-    rows, columns = there.any(1).sum(), there.any(0).sum()
-    if runs > EDGE_RUNS or rows < columns / 5 or rest.max() >= STRONG:
+    is_flat = there.any(1).sum() < there.any(0).sum() / 5
+    is_thin = stroke_width(there) < THIN * min(ink.shape)
+    if rest.max() >= STRONG or is_flat or (runs > EDGE_RUNS and is_thin):
         return rest
     return ink
 
@@ -394,13 +396,13 @@ def is_printed(part, parts: list) -> bool:
         return True
     top, left, bottom, right = part.bbox
     away = ndimage.distance_transform_edt(~part.image)
+    surrounding = []
     for other in parts:
         y, x = other.coords.T
         is_inside = top <= y.min() and y.max() < bottom and left <= x.min() and x.max() < right
-        if other is not part and is_inside and len(other.image) > INSIDE * height:
-            if away[y - top, x - left].min() > GAP * len(other.image):
-                return True
-    return False
+        if is_inside and other is not part and len(other.image) > INSIDE * height:
+            surrounding.append(away[y - top, x - left].min() > GAP * len(other.image))
+    return any(surrounding)
 
 
 def join_parts(there: np.ndarray, ink: np.ndarray) -> list:
