@@ -17,7 +17,6 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
-from skimage.graph import route_through_array
 from skimage.measure import label, regionprops
 from skimage.morphology import disk, reconstruction
 from torch import Tensor
@@ -54,8 +53,7 @@ DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digi
 DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
-WIDE = 1.4  # times its height; a digit is narrower, two that touch are wider
-CONTACT = 1.2  # stroke widths; where digits touch they have no more in common
+WIDE = 1  # times its height; few digits are wider, but two that touch are
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
@@ -401,7 +399,8 @@ def is_printed(part, parts: list) -> bool:
         y, x = other.coords.T
         is_inside = top <= y.min() and y.max() < bottom and left <= x.min() and x.max() < right
         if is_inside and other is not part and len(other.image) > INSIDE * height:
-            surrounding.append(away[y - top, x - left].min() > GAP * len(other.image))
+            is_apart = away[y - top, x - left].min() > GAP * len(other.image)
+            surrounding.append(is_apart or part.image_filled[y - top, x - left].all())
     return any(surrounding)
 
 
@@ -432,8 +431,6 @@ def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
         for darkness in np.arange(0.4, 1, 0.1):  # where digits touch, there is often less ink
             if cores.max() < 2:
                 cores = side_by_side(there & (ink > darkness))
-        if cores.max() < 2:
-            cores = cut(there)
     if cores.max() < 2:
         return there.astype(int)
     nearest = ndimage.distance_transform_edt(
@@ -455,32 +452,6 @@ def side_by_side(there: np.ndarray) -> np.ndarray:
         cores[labels == part.label] = number
         end = max(end, right)
     return cores
-
-
-def cut(there: np.ndarray) -> np.ndarray:
-    """Return two digits that touch as 1 and 2, cut along a path that crosses one thin stroke.
-
-    Return 1 everywhere if there is no such path between parts that are both tall.
-    """
-    height, width = there.shape
-    best = np.ones(there.shape, int)
-    least = CONTACT * stroke_width(there)
-    reach = max(1, round(height / 4))
-    cost = np.pad(np.where(there, 1, 0.02), ((1, 1), (0, 0)), constant_values=0.02)
-    for column in range(reach, width - reach, max(1, height // 12)):
-        band = cost[:, column - reach : column + reach]
-        path, _ = route_through_array(band, (0, reach), (height + 1, reach))
-        y, x = np.transpose(path)
-        on_ink = band[y, x] == 1
-        places = np.count_nonzero(on_ink[1:] & ~on_ink[:-1])
-        border = np.zeros(height + 2, int)
-        np.maximum.at(border, y, x + column - reach)
-        pieces = 1 + (np.arange(width) > border[1:-1, None])
-        halves = [np.ptp((there & (pieces == n)).any(1).nonzero()[0]) for n in (1, 2)]
-        if places < 2 and on_ink.sum() < least and min(halves) >= CORE * height:
-            best = pieces
-            least = on_ink.sum()
-    return best
 
 
 def stroke_width(ink: np.ndarray) -> float:
