@@ -180,18 +180,13 @@ def test_runs_of_all_scripts_are_explained_and_fooled(script, module):
 
 
 def test_who_is_fooled_is_asked_of_all_runs(port, known):
-    picture = on_sheet(known[0][:1])
-    assert "fooled" not in read(port, picture)["digits"][0]["runs"][0]
-    (digit,) = read(port, picture, "/read?distance=0.3")["digits"]
+    (digit,) = read(port, on_sheet(known[0][:1]), "/read?distance=0.3")["digits"]
     for i, run in enumerate(digit["runs"]):
         moved = np.subtract(run["fooled"]["pixels"], digit["pixels"])
         assert abs(moved).max() in (76, 77)  # 0.3 of 255
         answer = np.argmax(run["probabilities"])
-        assert len(run["fooled"]["runs"]) == 2
         assert run["fooled"]["runs"][i][answer] < 0.5 < run["probabilities"][answer]
-    for distance in ("2", "-1", "nan"):
-        answer = send(port, "POST", f"/read?distance={distance}", picture)
-        assert one_line_of(answer) == 400
+        assert run["fooled"]["runs"][0] != run["fooled"]["runs"][1]
 
 
 def test_labelled_digits_are_saved_and_measured(port, known, folders, tmp_path, capsys):
@@ -261,6 +256,7 @@ def test_what_can_not_be_read_is_one_line_at_once(port, known):
     assert psutil.Process().memory_info().rss - before < 100e6
     assert one_line_of(send(port, "POST", "/read", b"\0" * 21_000_000)) == 413
     assert one_line_of(send(port, "POST", "/", picture)) == 405
+    assert one_line_of(send(port, "POST", "/read?distance=nan", picture)) == 400
     for path in ("/draw.py", "/../draw.py", "/runs/vit/model.pt", "/static/draw.py"):
         assert one_line_of(send(port, "GET", path)) == 404
     read(port, picture)  # the server goes on
@@ -691,7 +687,7 @@ def test_an_answer_that_takes_long_is_marked_as_old(page, slow_find):
     time.sleep(0.6)
     assert page.find("#answer").get_attribute("aria-busy") == "true"
     assert page.find("#sign").is_displayed()
-    assert float(page.find("#answer b").value_of_css_property("opacity")) < 0.5
+    assert float(page.find("#right").value_of_css_property("opacity")) < 0.5
     assert page.numbers() == ["77", "77"] and not page.find("#sign").is_displayed()
     page.draw(seven(300))
     page.find("#clear").click()  # what is under way is of no interest any more
