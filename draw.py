@@ -4,7 +4,7 @@ python draw.py                         # the newest run below runs/, at http://1
 python draw.py runs/mini_vit runs/vit  # these two, side by side
 
 draw.html is the page. It sends a drawing or a picture to /read, which finds the digits and asks
-each run. Only this machine gets an answer, unless --host lets others in. Nothing is stored.
+each run. Only this machine gets an answer, unless --host lets others in. Nothing is kept.
 """
 
 import argparse
@@ -331,7 +331,6 @@ def main(argv: list[str] | None = None) -> int:
     folders = [Path(os.path.expanduser(folder)) for folder in args.runs] or [look.newest_run()]
     runs = load_runs(folders, args.device)
     listener = listen(args.host, args.port)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing needs saving
     torch.set_num_threads(1)  # with more, torch would wait for cores that a training run is using
     blank = Digit(torch.zeros(784, dtype=torch.uint8), (0, 0, 28, 28), 0)
     ask(runs, [blank], 0.1)  # the first time takes longer
@@ -344,4 +343,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing needs saving
     sys.exit(main())
