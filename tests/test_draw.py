@@ -447,8 +447,14 @@ CONTROL, SHIFT, ESCAPE, ENTER = "\ue009", "\ue008", "\ue00c", "\ue007"
 LAPTOP, PHONE, LANDSCAPE = (1280, 633), (390, 844), (844, 390)
 
 
+def arc(x: float, y: float, radius: float, first: float, last: float) -> list[tuple]:
+    """Return points of a circle's part, clockwise between two angles in degrees."""
+    angles = np.radians(np.linspace(first, last, 12))
+    return list(zip(x + radius * np.cos(angles), y + radius * np.sin(angles), strict=True))
+
+
 STROKES = {  # of a pen: x and y in pixels of the sheet
-    "3": [[(10, 30), (60, 0), (110, 30), (100, 90), (50, 120), (110, 150), (110, 230), (0, 260)]],
+    "3": [arc(60, 60, 60, -150, 80) + arc(60, 185, 66, -80, 150)],
     "4": [[(60, 0), (0, 150), (130, 150)], [(100, 0), (95, 280)]],
     "7": [[(0, 0), (120, 0), (50, 130), (30, 250)]],
 }
@@ -937,7 +943,9 @@ def photograph(browser, folders: list[Path], path: Path) -> None:
     """Draw a number and save what the page shows of it."""
     with serving(draw.load_runs(folders, "auto")) as port:
         page = Page(browser, port)
-        draw_number(page, "374")
+        page.resize(1280, 720)
+        draw_number(page, "37")
+        page.click("#fool")
         page.run("latency.hidden = true")
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
