@@ -54,14 +54,14 @@ DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of sev
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
 WIDE = 1  # times its height; few digits are wider, but two that touch are
+BLOCK = 0.4  # of a digit's longer side; the strokes of even a bold digit are thinner
+FLAT = 2.5  # times its height; no digit is wider
+FINE = 1 / 25  # of a digit's height; a straight line as thin as this may be a ruler's
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
 class NothingThere(ValueError):
-    """There is no digit in a picture; the message says what there is, or that there is nothing."""
-
-    def __init__(self, note: str = ""):
-        super().__init__(f"there is nothing in it ({note})" if note else "there is nothing in it")
+    """There is no digit in a picture."""
 
 
 class Digits(list):
@@ -78,40 +78,44 @@ class Digit(NamedTuple):
     pixels: Tensor  # (784,) uint8, MNIST's form
     box: tuple[int, int, int, int]  # left, top, right, bottom: pixels of the picture as shown
     row: int  # row of digits it stands in, from 0 at the top
+    hint: str = ""  # what it may be instead of a digit, to judge by its shape
 
 
 def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
     """Return the digits of a picture, row by row, each from left to right.
 
-    Raise NothingThere if there are none, ValueError or one of Pillow's errors if it can't be read.
+    Raise NothingThere if there are none; ValueError, or one of Pillow's errors, if the picture
+    can't be read.
     """
     image = open_picture(source, page)
-    ink = find_ink(to_gray(image))
-    scale = image.info["scale"]
-    across = scale * image.width / ink.shape[1]
-    down = scale * image.height / ink.shape[0]
-    parts = find_parts(ink)
-    rows = in_rows(join_parts(parts, ink)) if parts.any() else []
-    if not rows:
-        raise NothingThere
+    gray = to_gray(image)
+    ink = find_ink(gray)
+    found = find_digits(ink)
+    if not found:  # a thick digit that fills the picture can look like paper
+        paper = find_ink(-gray)
+        found = [part for part in find_digits(paper) if reaches_edge(part, gray.shape)]
+        if not found:
+            raise NothingThere(f"there is {'no digit' if ink.any() else 'nothing'} in it")
+        ink = paper
+    across = image.info["scale"] * image.width / ink.shape[1]
+    down = image.info["scale"] * image.height / ink.shape[0]
     digits = Digits(image.info["note"])
-    for number, row in enumerate(rows):
+    for number, row in enumerate(in_rows(found)):
         for part in row:
             top, left, bottom, right = part.bbox
             box = left * across, top * down, right * across, bottom * down
             pixels = like_mnist(np.where(part.image, ink[part.slice], 0))
-            digits.append(Digit(pixels, tuple(round(n) for n in box), number))
+            digits.append(Digit(pixels, tuple(round(n) for n in box), number, hint_of(part)))
     return digits
 
 
 def doubt(digit: Digit, probabilities: Tensor) -> str:
-    """Return why a reading, as probabilities (10,), isn't sure, in a few words; "" if it is."""
-    others = [
-        str(n)
-        for n in probabilities.argsort(descending=True)[1:3].tolist()
-        if probabilities[n] > UNSURE
-    ]
-    return f"may also be a {' or a '.join(others)}" if others else ""
+    """Return in a few words why a reading, probabilities (10,), isn't sure; "" if it is."""
+    doubts = [digit.hint] if digit.hint else []
+    for other in probabilities.argsort(descending=True)[1:3].tolist():
+        if probabilities[other] > UNSURE:
+            doubts.append(f"may also be {'an' if other == 8 else 'a'} {other}")
+    return ", ".join(doubts)
 
 
 # ---------------------------------------------------------------------------- opening
@@ -136,7 +140,7 @@ def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
             missing_is = 128 if image.format in ("JPEG", "MPO") else 0
             small, note = without_the_missing(shrink(image, size), missing_is)
         if min(small.size) < SMALLEST:
-            raise NothingThere(note)
+            raise NothingThere("there is nothing in it")
         small.getexif()[ExifTags.Base.Orientation] = orientation(image)
     shown = in_rgb(ImageOps.exif_transpose(small))
     shown.info = {"scale": scale, "note": note}
@@ -320,14 +324,14 @@ def scaled(image: Image.Image, area: int) -> np.ndarray:
 def find_ink(gray: np.ndarray) -> np.ndarray:
     """Return how far each pixel stands out from the paper, as a share of the ink's contrast.
 
-    Raise NothingThere if nothing stands out from the noise.
+    It is 0 everywhere if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
     ink = strokes(gray, mode="edge")
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
-        raise NothingThere
+        return np.zeros_like(ink)
     ink = (ink / contrast).clip(0, 1)
     whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
     for part in regionprops(label(whole > FAINT)):
@@ -389,8 +393,8 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
 def is_printed(part, parts: list) -> bool:
     """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
     height, width = part.image.shape
-    others = [len(other.image) for other in parts if other is not part]
-    if width < height / 5 and height > LINE * max(others, default=height):
+    tallest = max((len(other.image) for other in parts if other is not part), default=0)
+    if width < height / 5 and INSIDE * height < tallest < height / LINE:
         return True
     top, left, bottom, right = part.bbox
     away = ndimage.distance_transform_edt(~part.image)
@@ -404,9 +408,12 @@ def is_printed(part, parts: list) -> bool:
     return any(surrounding)
 
 
-def join_parts(there: np.ndarray, ink: np.ndarray) -> list:
+def find_digits(ink: np.ndarray) -> list:
     """Return the region of each digit. Parts are one digit if the gap between them is small."""
+    there = find_parts(ink)
     parts = regionprops(label(there))
+    if not parts:
+        return []
     stroke = stroke_width(there)
     size = np.median([part.area for part in parts])
     height = tallest = max(len(part.image) for part in parts)
@@ -421,7 +428,39 @@ def join_parts(there: np.ndarray, ink: np.ndarray) -> list:
             labels[group.slice][group.image] = pieces[group.image] + labels.max()
     digits = regionprops(labels)
     least = max(DUST, TALL * max(len(digit.image) for digit in digits))
-    return [digit for digit in digits if len(digit.image) >= least]
+    return [digit for digit in digits if len(digit.image) >= least and is_like_a_digit(digit)]
+
+
+def reaches_edge(part, shape: tuple[int, int]) -> bool:
+    """Return whether a part comes as close to the picture's edge as a speck of dust is large."""
+    top, left, bottom, right = part.bbox
+    return min(top, left, shape[0] - bottom, shape[1] - right) < DUST
+
+
+def is_like_a_digit(part) -> bool:
+    """Return whether a part's shape may be a digit's: it is no block, no dash, no scribble."""
+    height, width = part.image.shape
+    is_block = stroke_width(part.image) > BLOCK * max(height, width)
+    holes = regionprops(label(part.image_filled & ~part.image))
+    n_holes = sum(hole.area > part.image.size / 200 for hole in holes)
+    return not is_block and width < FLAT * height and n_holes <= 3
+
+
+def hint_of(part) -> str:
+    """Return what a part may be, if not a digit, to judge by its shape; "" if there is no doubt."""
+    height, width = part.image.shape
+    stroke = stroke_width(part.image)
+    # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
+    is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
+    if is_straight and stroke < FINE * height:
+        return "may be a line"
+    y, x = part.image.nonzero()
+    row, column = part.image.sum(1).argmax(), part.image.sum(0).argmax()
+    on_cross = ((abs(y - row) < stroke) | (abs(x - column) < stroke)).mean()
+    in_middle = abs(row / height - 0.5) < 0.15 and abs(column / width - 0.5) < 0.15
+    if on_cross > 0.95 and in_middle and 3 * stroke < min(height, width):
+        return "may be a plus"
+    return ""
 
 
 def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
