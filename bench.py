@@ -7,9 +7,11 @@
 
 Both sides train at the same small size (FLAGS; --full for the script's own), and are tested on the
 last 10,000 training images, which are held out. After each seed the result is printed anew, so stop
-when you have seen enough: the same command goes on from there. ± is the 95 % interval of the mean
-difference, so of comparisons without any effect, one in twenty is called better or worse. In the
-table of the whole collection, the verdict allows for their number (Bonferroni).
+when you have seen enough; the same command goes on from there.
+
+± is the 95 % interval of the mean difference. So of changes that do nothing, one in twenty is
+called better or worse. In the table of the collection, with its many ideas, the verdict is
+stricter: there, one whole table in twenty has such a mistake (Bonferroni).
 """
 
 import argparse
@@ -25,9 +27,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from scipy import stats
@@ -37,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = HERE / "runs" / "bench"
 IDEAS = HERE / "ideas"
 RESULTS = IDEAS / "results.csv"
+COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
 # About a minute on one core, with about as many passes as the default makes.
 FLAGS = {
     "mini_vit.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
@@ -50,43 +52,37 @@ FLAGS = {
 
 
 # ---------------------------------------------------------------- what is compared
-@dataclass
-class Side:
-    """One side of a comparison: a script's text and the flags it trains with."""
+class Side(NamedTuple):
+    """One side of a comparison: a script and the flags it trains with."""
 
     script: str  # its name, such as vit.py
     text: str
     flags: list[str]
 
 
-@dataclass
-class Comparison:
-    name: str
-    base: Side
-    changed: Side
-
-
-def compare_edit(script: str, given: list[str], size: list[str]) -> Comparison:
-    """Compare a script with and without flags; without any, its edit with the last commit."""
+def sides_of_script(script: str, given: list[str], size: list[str]) -> tuple[Side, Side]:
+    """Compare a script without and with given flags; without any, the last commit with the edit."""
     text = (HERE / script).read_text("utf-8")
     if given:
-        name = f"{script} {shlex.join(given)}"
-        return Comparison(name, Side(script, text, size), Side(script, text, size + given))
+        return Side(script, text, size), Side(script, text, size + given)
     committed = git("show", f"HEAD:./{script}", folder=HERE)
     if committed == text:
         fail(f"{script} is as in the last commit: edit it, or give a flag to compare")
-    name = f"{script}, your edit"
-    return Comparison(name, Side(script, committed, size), Side(script, text, size))
+    return Side(script, committed, size), Side(script, text, size)
 
 
-def compare_patch(path: Path, given: list[str], size: dict[str, list[str]]) -> Comparison:
+def sides_of_patch(path: Path, size: list[str]) -> tuple[Side, Side]:
     """Compare a script with itself as a patch changes it, by a diff, by flags, or by both."""
     header = read_header(path)
     script = header["Script"]
     text = (HERE / script).read_text("utf-8")
-    flags = size[script] + given
-    changed = Side(script, patched(path, script), flags + shlex.split(header.get("Flags", "")))
-    return Comparison(f"{script}, {path.name}", Side(script, text, flags), changed)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(HERE / script, folder))
+        if "diff --git" in path.read_text("utf-8"):
+            git("apply", str(path.resolve()), folder=Path(folder))
+        changed = copy.read_text("utf-8")
+    flags = shlex.split(header.get("Flags", ""))
+    return Side(script, text, size), Side(script, changed, size + flags)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -98,159 +94,149 @@ def read_header(path: Path) -> dict[str, str]:
     idea, *lines = text.partition("diff --git")[0].splitlines() or [""]
     header = {"Idea": idea} | dict(line.split(": ", 1) for line in lines if ": " in line)
     if header.get("Script") not in FLAGS:
-        fail(f"{path} has no line 'Script: ' that names one of {', '.join(FLAGS)}")
+        fail(f"{path} needs a line 'Script: ' that names one of {', '.join(FLAGS)}")
     return header
-
-
-def patched(path: Path, script: str) -> str:
-    """Return a script's text with a patch applied to it."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, script)
-        shutil.copy(HERE / script, copy)
-        if "diff --git" in path.read_text("utf-8"):
-            git("apply", str(path.resolve()), folder=Path(folder))
-        return copy.read_text("utf-8")
 
 
 def git(*arguments: str, folder: Path) -> str:
     """Return what a git command prints."""
-    # A repository that the folder happens to lie in is none of its business.
+    # A copy in a temporary folder is no part of a repository that the folder may lie in.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     except FileNotFoundError:
-        fail("git is not installed, and this needs it")
+        fail("this needs git, which is not installed")
     if done.returncode:
         fail(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
 # ---------------------------------------------------------------- runs
+def compare(name: str, base: Side, changed: Side, n_seeds: int, jobs: int, record: str) -> list:
+    """Train both sides on each seed, and print the result anew after each.
+
+    Return the pairs of results. If `record` names an idea, they go into ideas/results.csv, too.
+    """
+    pairs = []
+    bar = tqdm(total=2 * n_seeds, unit="run", disable=None)
+
+    def result(side: Side, seed: int) -> dict:
+        result = train(side, seed)
+        bar.update()
+        return result
+
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        runs = [
+            (pool.submit(result, base, seed), pool.submit(result, changed, seed))
+            for seed in range(1, n_seeds + 1)
+        ]
+        try:
+            for before, after in runs:
+                pairs.append((before.result(), after.result()))
+                if "error" in pairs[-1][0]:
+                    fail(f"{base.script} fails without the change: {pairs[-1][0]['error']}")
+                if record:
+                    write_rows(record, len(pairs), *pairs[-1])
+                tqdm.write(summary(name, pairs) + "\n")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return pairs
+
+
 def train(side: Side, seed: int) -> dict:
-    """Return a run's loss, accuracy and seconds, or its error; train it if it isn't done yet."""
+    """Return a run's loss, accuracy and seconds, or its error; train it if that isn't done yet."""
     flags = [*side.flags, "--holdout", "10000", "--seed", str(seed)]
-    settings = [side.text, *flags, torch.__version__, device_name()]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    what = json.dumps([side.text, flags, torch.__version__, processor()])
+    digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     folder = RUNS / f"{Path(side.script).stem}-{digest}"
-    result_file = folder / "result.json"
-    if result_file.exists():
-        return json.loads(result_file.read_text())
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / side.script).write_text(side.text, "utf-8")
     command = [sys.executable, side.script, "--resume", "--out_dir", str(folder), *flags]
-    command += ["--data_dir", str(HERE / "data"), "--eval_interval", str(2**62)]
-    environment = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
+    command += ["--data_dir", str(HERE / "data"), "--eval_interval", str(10**9)]
+    one_thread = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | one_thread
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode < 0:  # it was stopped: the next time, it goes on
-        raise KeyboardInterrupt
-    if done.returncode:
-        result = {"error": (done.stderr.strip().splitlines() or ["it failed"])[-1]}
+    if done.returncode < 0:
+        fail("a run was stopped; the same command goes on")
+    if done.returncode > 0:
+        result = {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     else:
         with open(folder / "log.csv", newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-        result = {
-            "loss": float(last["test_loss"]),
-            "accuracy": float(last["test_accuracy"]),
-            "seconds": float(last["seconds"]),
-        }
-    result_file.write_text(json.dumps(result))
-    (folder / "model.pt").unlink(missing_ok=True)  # hundreds of runs would fill the disk
+            *_, last = csv.DictReader(file)
+        columns = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
+        result = {key: float(last[column]) for key, column in columns.items()}
+        (folder / "model.pt").unlink()  # those of many runs would fill a disk
+    (folder / "result.json").write_text(json.dumps(result))
     return result
 
 
-def device_name() -> str:
-    """Return the GPU's name or the processor's, and whether that has bfloat16."""
+def processor() -> str:
+    """Return the name of the GPU or the CPU, and the precision that the scripts choose there."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        models = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        name = models[0].partition(": ")[2] if models else name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line[line.index(":") + 2 :] for line in lines if "model name" in line), name)
     bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return f"{name}, {'bfloat16' if bfloat16 else 'float32'}"
 
 
-def run(comparison: Comparison, n_seeds: int, jobs: int, record: str | None) -> None:
-    """Train both sides on each seed, and print the result anew after each."""
-    pairs = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=2 * n_seeds, unit="run", disable=None) as bar:
-
-        def one(side: Side, seed: int) -> dict:
-            result = train(side, seed)
-            bar.update()
-            return result
-
-        sides = (comparison.base, comparison.changed)
-        futures = [
-            [pool.submit(one, side, seed) for side in sides] for seed in range(1, n_seeds + 1)
-        ]
-        try:
-            for seed, both in enumerate(futures, 1):
-                base, changed = (future.result() for future in both)
-                if "error" in base:
-                    fail(f"without the change, {comparison.base.script} fails: {base['error']}")
-                pairs.append((base, changed))
-                if record:
-                    write_rows(record, seed, base, changed)
-                bar.clear()
-                print("\n".join(summary(comparison.name, pairs)), end="\n\n", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 # ---------------------------------------------------------------- what came of it
-def interval(differences: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Return the mean and half the width of its confidence interval (Student's t)."""
-    n = len(differences)
-    mean = sum(differences) / n
-    if n < 2:
-        return mean, math.inf
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    return mean, float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % confidence interval (Student's t)."""
+    mean = sum(differences) / len(differences)
+    return mean, half_width(differences, 0.95)
 
 
-def verdict(differences: list[float], better: int, level: float = 0.95) -> str:
-    """Return whether a change helps; better is 1 if more is better, -1 if less is."""
-    mean, half = interval(differences, level)
-    if abs(mean) <= half:
+def half_width(differences: list[float], level: float) -> float:
+    """Return half the width of the mean's confidence interval; infinity for a single seed."""
+    if len(differences) < 2:
+        return math.inf
+    return float(stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1))
+
+
+def verdict(differences: list[float], good: int, level: float = 0.95) -> str:
+    """Return whether a change helps. good is 1 where more is better, -1 where less is."""
+    mean = sum(differences) / len(differences)
+    if abs(mean) <= half_width(differences, level):
         return "no clear difference"
-    return "better" if mean * better > 0 else "worse"
+    return "better" if mean * good > 0 else "worse"
 
 
-def summary(name: str, pairs: list[tuple[dict, dict]]) -> list[str]:
-    """Return the lines that say what came of a comparison, from (base, changed) of each seed."""
-    n = len(pairs)
-    lines = [f"{name}: {n} seed{'s' if n > 1 else ''}"]
-    errors = [changed["error"] for _, changed in pairs if "error" in changed]
-    if errors:
-        return [*lines, f"with the change, {len(errors)} of {n} fail: {errors[-1]}", "worse"]
+def column(pairs: list, key: str, scale: float = 1.0) -> tuple[float, float, list[float]]:
+    """Return the mean without and with the change, and the paired differences."""
+    before = [scale * base[key] for base, _ in pairs]
+    after = [scale * changed[key] for _, changed in pairs]
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return sum(before) / len(pairs), sum(after) / len(pairs), differences
 
-    def means(key: str, factor: float) -> tuple[float, float, list[float]]:
-        before = [factor * base[key] for base, _ in pairs]
-        after = [factor * changed[key] for _, changed in pairs]
-        return sum(before) / n, sum(after) / n, [a - b for a, b in zip(after, before, strict=True)]
 
-    before, after, differences = means("loss", 1)
-    change = "{:+.4f} ± {:.4f}".format(*interval(differences))
-    word = verdict(differences, -1)
-    lines.append(f"held-out loss      {before:.4f} -> {after:.4f}   {change}    {word}")
-    before, after, differences = means("accuracy", 100)
-    change = "{:+.2f} ± {:.2f} %".format(*interval(differences))
-    word = verdict(differences, 1)
-    lines.append(f"held-out accuracy   {before:.2f} -> {after:.2f} %   {change}    {word}")
-    before, after, _ = means("seconds", 1)
+def error_of(pairs: list) -> str:
+    """Return the error of a seed with which the changed side fails, or ""."""
+    return next((changed["error"] for _, changed in pairs if "error" in changed), "")
+
+
+def summary(name: str, pairs: list) -> str:
+    """Return the lines that say what came of a comparison."""
+    lines = [f"{name}: {len(pairs)} seed{'s' if len(pairs) > 1 else ''}"]
+    if error_of(pairs):
+        return f"{lines[0]}\nworse: with the change, it fails: {error_of(pairs)}"
+    before, after, change = column(pairs, "loss")
+    text = f"{before:.4f} -> {after:.4f}   {'{:+.4f} ± {:.4f}'.format(*interval(change))}  "
+    lines.append(f"held-out loss      {text} {verdict(change, -1)}")
+    before, after, change = column(pairs, "accuracy", 100)
+    text = f"{before:.2f} -> {after:.2f} %   {'{:+.2f} ± {:.2f}'.format(*interval(change))} %"
+    lines.append(f"held-out accuracy   {text}  {verdict(change, 1)}")
+    before, after, _ = column(pairs, "seconds")
     lines.append(f"time               {before:6.0f} -> {after:.0f} s")
-    return lines
+    return "\n".join(lines)
 
 
-COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
-
-
+# ---------------------------------------------------------------- the collection
 def read_rows() -> dict[tuple, dict]:
     """Return the rows of ideas/results.csv by (idea, side, seed)."""
     if not RESULTS.exists():
@@ -260,131 +246,96 @@ def read_rows() -> dict[tuple, dict]:
 
 
 def write_rows(idea: str, seed: int, base: dict, changed: dict) -> None:
-    """Note both sides of a seed in ideas/results.csv, in place of earlier ones."""
+    """Note both results of a seed in ideas/results.csv, in place of earlier ones."""
     rows = read_rows()
-    where = {
-        "torch": torch.__version__,
-        "processor": device_name(),
-        "commit": git("rev-parse", "--short", "HEAD", folder=HERE).strip(),
-    }
+    commit = git("rev-parse", "--short", "HEAD", folder=HERE).strip()
+    where = {"torch": torch.__version__, "processor": processor(), "commit": commit}
     for side, result in (("base", base), ("idea", changed)):
-        row = {"idea": idea, "side": side, "seed": seed} | result | where
-        rows[idea, side, seed] = row
+        rows[idea, side, seed] = {"idea": idea, "side": side, "seed": seed} | result | where
     with open(RESULTS, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for key in sorted(rows):
-            writer.writerow(rows[key])
+        writer.writerows(rows[key] for key in sorted(rows))
 
 
-# ---------------------------------------------------------------- the collection
-@dataclass
-class Finding:
-    """What came of one idea of the collection."""
-
-    name: str
-    idea: str  # in one sentence
-    script: str
-    pairs: list[tuple[dict, dict]]  # (base, idea) of each seed
-
-
-def read_findings() -> list[Finding]:
-    """Return what ideas/results.csv says of each patch, the best first, script by script."""
-    rows = read_rows()
-    findings = []
-    for path in sorted(IDEAS.glob("*.patch")):
-        pairs = []
-        for seed in range(1, 1000):
-            both = [rows.get((path.stem, side, seed)) for side in ("base", "idea")]
-            if all(both):
-                pairs.append(tuple(map(numbers, both)))
-        if pairs:
-            header = read_header(path)
-            findings.append(Finding(path.stem, header["Idea"], header["Script"], pairs))
-    return sorted(findings, key=lambda f: (f.script, mean_difference(f)))
+def read_pairs(idea: str, rows: dict[tuple, dict]) -> list:
+    """Return the pairs of results that ideas/results.csv has of an idea."""
+    pairs = []
+    for name, side, seed in rows:
+        if name == idea and side == "base" and (idea, "idea", seed) in rows:
+            both = rows[idea, "base", seed], rows[idea, "idea", seed]
+            pairs.append(tuple(map(as_result, both)))
+    return pairs
 
 
-def numbers(row: dict) -> dict:
-    """Return a row's figures as numbers, or its error."""
+def as_result(row: dict) -> dict:
+    """Return what train() returned for a row."""
     if row["error"]:
         return {"error": row["error"]}
     return {key: float(row[key]) for key in ("loss", "accuracy", "seconds")}
 
 
-def mean_difference(finding: Finding) -> float:
-    """Return by how much an idea changes the held-out loss; infinity if it fails."""
-    if any("error" in changed for _, changed in finding.pairs):
-        return math.inf
-    return interval(differences(finding, "loss"))[0]
-
-
-def differences(finding: Finding, key: str) -> list[float]:
-    """Return an idea's paired differences: idea minus base, seed by seed."""
-    return [changed[key] - base[key] for base, changed in finding.pairs]
-
-
-def print_table(findings: list[Finding]) -> None:
-    """Print a Markdown table for each script: RESULTS.md has them word for word."""
-    for script in dict.fromkeys(finding.script for finding in findings):
-        some = [finding for finding in findings if finding.script == script]
-        level = 1 - 0.05 / len(some)
-        bases = [base for finding in some for base, _ in finding.pairs]
-        loss = sum(base["loss"] for base in bases) / len(bases)
-        print(f"**{script}** (held-out loss {loss:.4f}; `{FLAGS[script]}`)\n")
-        print(
-            "| idea | what it does | seeds | held-out loss | accuracy, % | time, times | verdict |"
-        )
+def show_collection() -> None:
+    """Print a Markdown table for each script, and draw them all into docs/ideas.png."""
+    rows = read_rows()
+    tables = {}  # of each script, its ideas with their pairs
+    for path in sorted(IDEAS.glob("*.patch")):
+        header = read_header(path)
+        if pairs := read_pairs(path.stem, rows):
+            tables.setdefault(header["Script"], []).append((path.stem, header["Idea"], pairs))
+    if not tables:
+        fail(f"{RESULTS} holds no results")
+    for script, ideas in tables.items():
+        ideas.sort(key=lambda idea: change_of_loss(idea[2]))
+        print(f"**{script}**: `{FLAGS[script]}`\n")
+        print("| idea | | seeds | held-out loss | held-out accuracy, % | time | verdict |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        for finding in some:
-            print(table_row(finding, level))
+        for name, text, pairs in ideas:
+            print(f"| {name} | {text} | {len(pairs)} | {table_cells(pairs, len(ideas))} |")
         print()
+    draw(tables, HERE / "docs" / "ideas.png")
 
 
-def table_row(finding: Finding, level: float) -> str:
-    """Return an idea's row of the table."""
-    begin = f"| {finding.name} | {finding.idea} | {len(finding.pairs)} |"
-    if mean_difference(finding) == math.inf:
-        return f"{begin} fails | | | worse |"
-    loss = differences(finding, "loss")
-    accuracy = [100 * d for d in differences(finding, "accuracy")]
-    ratio = sum(changed["seconds"] for _, changed in finding.pairs)
-    ratio /= sum(base["seconds"] for base, _ in finding.pairs)
-    change = "{:+.4f} ± {:.4f}".format(*interval(loss))
-    change_of_accuracy = "{:+.2f} ± {:.2f}".format(*interval(accuracy))
-    return f"{begin} {change} | {change_of_accuracy} | {ratio:.2f} | {verdict(loss, -1, level)} |"
+def change_of_loss(pairs: list) -> float:
+    """Return by how much an idea changes the held-out loss; infinity if it fails."""
+    return math.inf if error_of(pairs) else interval(column(pairs, "loss")[2])[0]
 
 
-def draw(findings: list[Finding], path: Path) -> None:
-    """Draw a forest plot: the change of held-out loss that each idea brings, with its interval."""
+def table_cells(pairs: list, n_ideas: int) -> str:
+    """Return an idea's changes of loss, accuracy and time, and a verdict among so many ideas."""
+    if error_of(pairs):
+        return "fails | | | worse"
+    change = column(pairs, "loss")[2]
+    loss = "{:+.4f} ± {:.4f}".format(*interval(change))
+    accuracy = "{:+.2f} ± {:.2f}".format(*interval(column(pairs, "accuracy", 100)[2]))
+    before, after, _ = column(pairs, "seconds")
+    word = verdict(change, -1, level=1 - 0.05 / n_ideas)
+    return f"{loss} | {accuracy} | {after / before:.2f} | {word}"
+
+
+def draw(tables: dict[str, list], path: Path) -> None:
+    """Draw a forest plot: how each idea changes the held-out loss, with its interval."""
     from matplotlib.figure import Figure
 
-    scripts = list(dict.fromkeys(finding.script for finding in findings))
-    figure = Figure((12, 0.19 * max(map(len_of(findings), scripts)) + 1.5), layout="constrained")
-    for axes, script in zip(
-        figure.subplots(1, len(scripts), squeeze=False)[0], scripts, strict=True
-    ):
-        some = [f for f in findings if f.script == script and mean_difference(f) < math.inf]
-        for y, finding in enumerate(some):
-            mean, half = interval(differences(finding, "loss"))
-            colour = "0.5"
-            if abs(mean) > half:
-                colour = "C2" if mean < 0 else "C3"
-            axes.errorbar(mean, y, xerr=half, fmt="o", color=colour, markersize=3, capsize=2)
-        axes.set_yticks(
-            range(len(some)), [f.name.partition("_")[2].replace("_", " ") for f in some]
-        )
-        axes.tick_params(axis="y", labelsize=8)
+    most = max(map(len, tables.values()))
+    figure = Figure((6 * len(tables), 0.18 * most + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (script, ideas) in zip(panels, tables.items(), strict=True):
+        names = []
+        for name, _, pairs in ideas:
+            if error_of(pairs):
+                continue
+            mean, half = interval(column(pairs, "loss")[2])
+            colour = "0.5" if abs(mean) <= half else "C2" if mean < 0 else "C3"
+            axes.errorbar(mean, len(names), xerr=half, fmt="o", color=colour, ms=3, capsize=2)
+            names.append(name.partition("_")[2].replace("_", " "))
+        axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.axvline(0, color="0.7", linewidth=1)
-        axes.set_xscale("symlog", linthresh=0.005)
+        axes.set_xscale("symlog", linthresh=0.01)
         axes.invert_yaxis()
-        axes.set(title=script, xlabel="change of held-out loss; left is better")
+        axes.set(title=script, xlabel="change of held-out loss (left is better)")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
-
-
-def len_of(findings: list[Finding]):
-    """Return a function that counts a script's findings."""
-    return lambda script: sum(finding.script == script for finding in findings)
 
 
 # ---------------------------------------------------------------- command line
@@ -398,31 +349,31 @@ def main(argv: list[str] | None = None) -> None:
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser("bench.py", description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("target", nargs="*", help="a script or patches; other flags are the script's")
+    add("target", nargs="*", help="a script, with flags of it or edited; or patches")
     add("--seeds", type=int, default=10, help="of each side (default: 10)")
     add("--jobs", type=int, help="runs side by side (default: one per core; one on a GPU)")
     add("--full", action="store_true", help="train at the script's own size")
     args, given = parser.parse_known_args(argv)
     if not args.target:
-        findings = read_findings()
-        if not findings:
-            fail(f"{RESULTS} holds no results yet")
-        print_table(findings)
-        draw(findings, HERE / "docs" / "ideas.png")
+        show_collection()
         return
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    size = {script: [] if args.full else flags.split() for script, flags in FLAGS.items()}
     for target in args.target:
         path = Path(target)
-        if path.suffix == ".patch":
-            record = (
-                path.stem if path.resolve().parent == IDEAS and not (given or args.full) else None
-            )
-            run(compare_patch(path, given, size), args.seeds, jobs, record)
-        elif path.name in FLAGS:
-            run(compare_edit(path.name, given, size[path.name]), args.seeds, jobs, None)
-        else:
+        if path.suffix != ".patch" and path.name not in FLAGS:
             fail(f"{target} is neither a patch nor one of {', '.join(FLAGS)}")
+        script = read_header(path)["Script"] if path.suffix == ".patch" else path.name
+        size = [] if args.full else FLAGS[script].split()
+        name = f"{script}, {shlex.join(given) or 'your edit'}"
+        record = ""
+        if path.suffix == ".patch":
+            sides = sides_of_patch(path, size + given)
+            name = f"{script}, {target}"
+            if path.resolve().parent == IDEAS and not given and not args.full:
+                record = path.stem
+        else:
+            sides = sides_of_script(script, given, size)
+        compare(name, *sides, args.seeds, jobs, record)
 
 
 if __name__ == "__main__":
