@@ -3,7 +3,7 @@
 import random
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 from scipy import ndimage
 from skimage.morphology import skeletonize
 
@@ -18,7 +18,6 @@ KINDS = (
 STORED = (
     "plain inverted transparent chalkboard cmyk lab gray16 float one_bit palette webp gif avif"
 ).split()
-CHANCY = "cropped dashed tiny pencil desk_turned shadow".split()  # where a person, too, may err
 
 
 def enlarged(digit: np.ndarray, size: int) -> np.ndarray:
@@ -428,4 +427,25 @@ BLANK = {
     "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ruled(y * 150)),
     "squared": lambda: blank(lambda x, y: 0.9 - 0.4 * (ruled(y * 150) | ruled(x * 200))),
     "framed": lambda: blank(lambda x, y: np.where((abs(x) > 0.95) | (abs(y) > 0.95), 0.1, 0.9)),
+}
+
+
+def sheet_with(draw) -> Image.Image:
+    """Return a blank sheet on which something is drawn by a function of ImageDraw's pen."""
+    sheet = Image.new("L", (400, 300), 230)
+    draw(ImageDraw.Draw(sheet))
+    return sheet
+
+
+def scribble(pen: ImageDraw.ImageDraw) -> None:
+    rng = random.Random(1)
+    pen.line([(rng.randint(100, 300), rng.randint(50, 250)) for _ in range(30)], 20, 5)
+
+
+SHAPES = {
+    "block": lambda: sheet_with(lambda pen: pen.rectangle((150, 100, 230, 180), 20)),
+    "disk": lambda: sheet_with(lambda pen: pen.ellipse((150, 100, 230, 180), 20)),
+    "dot": lambda: sheet_with(lambda pen: pen.ellipse((196, 146, 204, 154), 20)),
+    "line": lambda: sheet_with(lambda pen: pen.line((100, 170, 300, 130), 20, 5)),
+    "scribble": lambda: sheet_with(scribble),
 }
