@@ -109,7 +109,7 @@ def fool(run: look.Run, images: Tensor, distance: float) -> Tensor:
     return (255 * moved).round()
 
 
-def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float) -> list[dict]:
+def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float | None) -> list[dict]:
     """Return what the page shows for each digit; with a distance, also an image that fools."""
     if not digits:
         return []
@@ -121,7 +121,7 @@ def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float) -> list
         for digit, place, p, h in zip(digits, shown, probabilities.cpu(), heat, strict=True):
             answer = {"probabilities": p.tolist(), "heat": h.tolist(), "doubt": doubt(digit, p)}
             place["runs"].append(answer)
-        if distance:
+        if distance is not None:
             moved = fool(run, images, distance)
             seen = torch.stack([probabilities_of(other, moved).cpu() for other in runs.values()], 1)
             for place, pixels, of_runs in zip(shown, moved.int(), seen, strict=True):
@@ -186,8 +186,8 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
 
     @app.post("/read")
     def read():
-        distance = request.args.get("distance", 0.0, float)
-        if not 0 <= distance <= 1:
+        distance = request.args.get("distance", type=float)
+        if distance is not None and not 0 <= distance <= 1:
             abort(400, "a distance is from 0 to 1")
         with lock:
             if request.environ["waitress.client_disconnected"]():

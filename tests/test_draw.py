@@ -752,6 +752,8 @@ def test_fool_it(page, known):
     page.click("#fool")
     assert "moved against mini_vit" in page.all(".fooled")[0].text
     assert len(re.findall(r"vit reads \d, \d+\.\d %", page.all(".fooled")[1].text)) == 2
+    page.run("distance.value = 0; distance.oninput()")
+    assert f"mini_vit reads {page.numbers()[0]}" in page.all(".fooled")[0].text
     page.run("distance.value = 0.3; distance.oninput()")
     page.wait()
     assert page.find("#by").text == "0.30"
