@@ -21,6 +21,7 @@ import threading
 import time
 import webbrowser
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from socket import AF_INET, AF_INET6
 from urllib.parse import urlsplit
@@ -160,16 +161,24 @@ def preview(picture: io.BytesIO) -> dict | None:
     return {"url": url, "width": width, "note": note}
 
 
+def answer(
+    runs: dict[str, look.Run], picture: io.BytesIO, distance: float | None, with_preview: bool
+) -> dict:
+    """Return what the page shows of a picture, and whose answers these are."""
+    legends = [ATTENTION if has_patches(run) else GRADIENT for run in runs.values()]
+    names = [{"name": n, "legend": legend} for n, legend in zip(runs, legends, strict=True)]
+    digits = ask(runs, find(picture), distance)
+    return {"runs": names, "digits": digits, "preview": preview(picture) if with_preview else None}
+
+
 # ---------------------------------------------------------------------------- the server
 def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
     """Return the page and what it asks for. It answers only to these names of this machine."""
     app = Flask(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
-    lock = threading.Lock()  # one picture at a time: memory, and the models, are shared
-    legends = [
-        {"name": name, "legend": ATTENTION if has_patches(run) else GRADIENT}
-        for name, run in runs.items()
-    ]
+    # One thread computes, so that what a large picture has taken is used again for the next one,
+    # and on one core: with more, torch would wait for cores that a training run is using.
+    worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
     @app.before_request
     def refuse_other_sites() -> None:
@@ -189,14 +198,16 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
         distance = request.args.get("distance", type=float)
         if distance is not None and not 0 <= distance <= 1:
             abort(400, "a distance is from 0 to 1")
-        with lock:
-            if request.environ["waitress.client_disconnected"]():
-                return ""  # to nobody: the page has hung up, as it does once a picture has changed
-            picture = io.BytesIO(request.get_data(cache=False))
-            answer = {"runs": legends, "digits": ask(runs, find(picture), distance)}
-            if "preview" in request.args:
-                answer["preview"] = preview(picture)
-        return answer
+        is_gone = request.environ["waitress.client_disconnected"]
+        stream = request.stream
+        with_preview = "preview" in request.args
+
+        def compute():
+            if is_gone():  # as the page is once something else is on the sheet
+                return ""
+            return answer(runs, io.BytesIO(stream.read()), distance, with_preview)
+
+        return worker.submit(compute).result()
 
     @app.post("/save")
     def save():
@@ -225,7 +236,7 @@ def make_server(app: Flask, listener: socket.socket):
     return waitress.create_server(
         app,
         sockets=[listener],
-        threads=8,  # all but one of them wait for the lock, or send the page
+        threads=8,  # which wait for the one that computes, or send the page
         connection_limit=connection_limit(),
         asyncore_use_poll=True,  # select() fails above 1023 descriptors
         channel_timeout=10,  # seconds that a client may be silent
@@ -331,7 +342,6 @@ def main(argv: list[str] | None = None) -> int:
     folders = [Path(os.path.expanduser(folder)) for folder in args.runs] or [look.newest_run()]
     runs = load_runs(folders, args.device)
     listener = listen(args.host, args.port)
-    torch.set_num_threads(1)  # with more, torch would wait for cores that a training run is using
     blank = Digit(torch.zeros(784, dtype=torch.uint8), (0, 0, 28, 28), 0)
     ask(runs, [blank], 0.1)  # the first time takes longer
     server = make_server(make_app(runs, own_names(args.host)), listener)
