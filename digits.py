@@ -1,8 +1,10 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
-open_picture opens any image file; to_gray makes colour grey; find_ink tells ink from paper;
-find_parts finds what is connected; join_parts makes digits of parts; in_rows puts them into reading
-order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
+read_digits, at the top, shows the steps. open_picture opens an image file, however large or broken;
+to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_parts leaves
+out what is printed; find_digits joins the parts of a digit and separates neighbours; in_rows puts
+digits into reading order; like_mnist scales them. The side of a picture is the square root of its
+area; lengths in pixels are of the picture scaled to AREA.
 """
 
 import math
@@ -21,6 +23,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import disk, reconstruction
 from torch import Tensor
 
+# Opening
 FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM AVIF HEIF".split()  # HEIF: with pillow_heif
 warnings.filterwarnings("ignore", module="PIL")  # of large pictures, of strange metadata
 MOST_MEMORY = 900_000_000  # bytes, while a picture is decoded: 180 megapixels in most formats
@@ -29,8 +32,10 @@ MOST_PER_BYTE = 10_000  # pixels; only blank pages are packed more tightly
 MOST_SCANS = 60  # of a JPEG; cameras and programs make 1 to 20
 MOST_PAGES = 20  # that look.py reads of a file
 SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
-UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
 SMALLEST = 4  # pixels of a side; less can't show a digit
+
+# Ink on paper
+UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
@@ -42,21 +47,17 @@ GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
-EDGE_RUNS = 4  # a digit that is cut off meets the edge in fewer places than lines of paper
-THIN = 1 / 20  # of the picture's shorter side; printed lines are thinner
+THIN = 1 / 20  # of the picture's shorter side, or of a line's length; printed lines are thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
-INSIDE = 0.25  # of a part's height; if something taller is inside, it is a box or a circle
 LINE = 1.3  # times the tallest digit; a straight line that is longer is no 1
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
 DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
-TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+TALL = 1 / 3  # of the tallest digit, or of a box around it; what is lower is a dash or a dot
 CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
-WIDE = 1  # times its height; few digits are wider, but two that touch are
 BLOCK = 0.4  # of a digit's longer side; the strokes of even a bold digit are thinner
 FLAT = 2.5  # times its height; no digit is wider
-FINE = 1 / 25  # of a digit's height; a straight line as thin as this may be a ruler's
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
@@ -111,10 +112,15 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
 
 def doubt(digit: Digit, probabilities: Tensor) -> str:
     """Return in a few words why a reading, probabilities (10,), isn't sure; "" if it is."""
+    second_and_third = probabilities.argsort(descending=True)[1:3].tolist()
+    others = [
+        f"{'an' if other == 8 else 'a'} {other}"
+        for other in second_and_third
+        if probabilities[other] > UNSURE
+    ]
     doubts = [digit.hint] if digit.hint else []
-    for other in probabilities.argsort(descending=True)[1:3].tolist():
-        if probabilities[other] > UNSURE:
-            doubts.append(f"may also be {'an' if other == 8 else 'a'} {other}")
+    if others:
+        doubts.append(f"may also be {' or '.join(others)}")
     return ", ".join(doubts)
 
 
@@ -369,7 +375,7 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     edge = edge_of(there)
     runs = np.count_nonzero(edge & ~np.roll(edge, 1))
     is_across = (there[0].any() and there[-1].any()) or (there[:, 0].any() and there[:, -1].any())
-    if runs <= EDGE_RUNS and not is_across:
+    if runs <= 4 and not is_across:  # a digit that is cut off meets the edge in few places
         return ink
     seed = ink.copy()
     seed[1:-1, 1:-1] = 0
@@ -377,7 +383,7 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     rest = np.where(darker > DARKER * ink, ink, 0)
     is_flat = there.any(1).sum() < there.any(0).sum() / 5
     is_thin = stroke_width(there) < THIN * min(ink.shape)
-    if rest.max() >= STRONG or is_flat or (runs > EDGE_RUNS and is_thin):
+    if rest.max() >= STRONG or is_flat or (runs > 4 and is_thin):
         return rest
     return ink
 
@@ -386,26 +392,29 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     """Return where there is ink of digits: no dust, no boxes, no lines beside digits."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
-    kept = [part.label for part in parts if not is_printed(part, parts)]
+    tallest = max((len(part.image) for part in parts), default=0)
+    large = [part for part in parts if len(part.image) > TALL**2 * tallest]
+    printed = [part.label for part in large if is_printed(part, large)]
+    kept = [part.label for part in parts if part.label not in printed]
     return np.isin(labels, kept)
 
 
 def is_printed(part, parts: list) -> bool:
     """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
     height, width = part.image.shape
-    tallest = max((len(other.image) for other in parts if other is not part), default=0)
-    if width < height / 5 and INSIDE * height < tallest < height / LINE:
-        return True
     top, left, bottom, right = part.bbox
-    away = ndimage.distance_transform_edt(~part.image)
-    surrounding = []
-    for other in parts:
-        y, x = other.coords.T
-        is_inside = top <= y.min() and y.max() < bottom and left <= x.min() and x.max() < right
-        if is_inside and other is not part and len(other.image) > INSIDE * height:
-            is_apart = away[y - top, x - left].min() > GAP * len(other.image)
-            surrounding.append(is_apart or part.image_filled[y - top, x - left].all())
-    return any(surrounding)
+    others = [other for other in parts if other is not part and len(other.image) > TALL * height]
+    if others and width < height / 5 and height > LINE * max(len(o.image) for o in others):
+        return True
+    for other in others:
+        a, b, c, d = other.bbox
+        if top <= a and left <= b and c <= bottom and d <= right:
+            y, x = other.coords.T
+            is_in_hole = part.image_filled[y - top, x - left].all()
+            away = ndimage.distance_transform_edt(~part.image)[y - top, x - left].min()
+            if is_in_hole or away > GAP * len(other.image):
+                return True
+    return False
 
 
 def find_digits(ink: np.ndarray) -> list:
@@ -452,7 +461,7 @@ def hint_of(part) -> str:
     stroke = stroke_width(part.image)
     # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
     is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
-    if is_straight and stroke < FINE * height:
+    if is_straight and stroke < THIN * height:
         return "may be a line"
     y, x = part.image.nonzero()
     row, column = part.image.sum(1).argmax(), part.image.sum(0).argmax()
@@ -466,7 +475,8 @@ def hint_of(part) -> str:
 def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
     """Return where digits are in a group of parts, as numbers: neighbours may touch, or almost."""
     cores = side_by_side(there)
-    if there.shape[1] > WIDE * len(there):
+    # Few digits are wider than they are tall, but two that touch are.
+    if there.shape[1] > len(there):
         for darkness in np.arange(0.4, 1, 0.1):  # where digits touch, there is often less ink
             if cores.max() < 2:
                 cores = side_by_side(there & (ink > darkness))
@@ -527,7 +537,7 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     Strokes become as wide as most of MNIST's.
     """
     large = resized(ink, 80)  # four times as large as MNIST's
-    missing = 4 * STROKE - stroke_width(large > 0.5)
+    missing = 4 * STROKE - stroke_width(large > large.max() / 2)
     radius = round(missing / 2)
     if radius > 0:
         ink = ndimage.grey_dilation(np.pad(large, radius), footprint=disk(radius))

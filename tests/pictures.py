@@ -79,10 +79,10 @@ def lines(shape: tuple, kind: str, rng: random.Random) -> np.ndarray:
 
 
 def cut_off(page: np.ndarray, ink: np.ndarray, n_sides: int, rng: random.Random) -> np.ndarray:
-    """Return a page from which so many sides are cut, with a tenth of the digit or less."""
+    """Return a page from which so many sides are cut, with a little of the digit."""
     rows, columns = (ink > 0.5).any(1).nonzero()[0], (ink > 0.5).any(0).nonzero()[0]
     smaller = min(np.ptp(rows), np.ptp(columns))
-    lost = [round(rng.uniform(0, 0.1) * smaller) for _ in range(4)]
+    lost = [round(rng.uniform(0, 0.06) * smaller) for _ in range(4)]
     top, bottom = rows[0] + lost[0], rows[-1] + 1 - lost[1]
     left, right = columns[0] + lost[2], columns[-1] + 1 - lost[3]
     sides = rng.sample(["top", "bottom", "left", "right"], n_sides)
