@@ -29,7 +29,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of large pictures, of strange
 MOST_MEMORY = 900_000_000  # bytes, while a picture is decoded: 180 megapixels in most formats
 BYTES_PER_PIXEL = {"GIF": 12, "WEBP": 16, "AVIF": 12, "HEIF": 12, "TIFF": 8}  # 5 in other formats
 MOST_PER_BYTE = 10_000  # pixels; only blank pages are packed more tightly
-MOST_SCANS = 60  # of a JPEG; cameras and programs make 1 to 20
+MOST_SCANS = 30  # of a JPEG; cameras and programs make 1 to 20
 MOST_PAGES = 20  # that look.py reads of a file
 SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
 SMALLEST = 4  # pixels of a side; less can't show a digit
@@ -50,13 +50,14 @@ STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
 THIN = 1 / 20  # of the picture's shorter side, or of a line's length; printed lines are thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
+INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
 LINE = 1.3  # times the tallest digit; a straight line that is longer is no 1
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
 DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
-TALL = 1 / 3  # of the tallest digit, or of a box around it; what is lower is a dash or a dot
+TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
-BLOCK = 0.4  # of a digit's longer side; the strokes of even a bold digit are thinner
+BLOCK = 0.5  # of a digit's longer side; the strokes of even the boldest digit are thinner
 FLAT = 2.5  # times its height; no digit is wider
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
@@ -393,7 +394,7 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
     tallest = max((len(part.image) for part in parts), default=0)
-    large = [part for part in parts if len(part.image) > TALL**2 * tallest]
+    large = [part for part in parts if len(part.image) > INSIDE**2 * tallest]
     printed = [part.label for part in large if is_printed(part, large)]
     kept = [part.label for part in parts if part.label not in printed]
     return np.isin(labels, kept)
@@ -403,7 +404,7 @@ def is_printed(part, parts: list) -> bool:
     """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
     height, width = part.image.shape
     top, left, bottom, right = part.bbox
-    others = [other for other in parts if other is not part and len(other.image) > TALL * height]
+    others = [other for other in parts if other is not part and len(other.image) > INSIDE * height]
     if others and width < height / 5 and height > LINE * max(len(o.image) for o in others):
         return True
     for other in others:
