@@ -199,9 +199,18 @@ def half_width(differences: list[float], level: float) -> float:
     return float(stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1))
 
 
+def with_interval(differences: list[float], digits: int) -> str:
+    """Return the mean with its interval as text; a single seed has none."""
+    mean, half = interval(differences)
+    text = f"{mean:+.{digits}f}"
+    return text if half == math.inf else f"{text} ± {half:.{digits}f}"
+
+
 def verdict(differences: list[float], good: int, level: float = 0.95) -> str:
     """Return whether a change helps. good is 1 where more is better, -1 where less is."""
     mean = sum(differences) / len(differences)
+    if len(differences) < 2:
+        return "one seed says little"
     if abs(mean) <= half_width(differences, level):
         return "no clear difference"
     return "better" if mean * good > 0 else "worse"
@@ -226,10 +235,10 @@ def summary(name: str, pairs: list) -> str:
     if error_of(pairs):
         return f"{lines[0]}\nworse: with the change, it fails: {error_of(pairs)}"
     before, after, change = column(pairs, "loss")
-    text = f"{before:.4f} -> {after:.4f}   {'{:+.4f} ± {:.4f}'.format(*interval(change))}  "
-    lines.append(f"held-out loss      {text} {verdict(change, -1)}")
+    text = f"{before:.4f} -> {after:.4f}   {with_interval(change, 4)}"
+    lines.append(f"held-out loss      {text}    {verdict(change, -1)}")
     before, after, change = column(pairs, "accuracy", 100)
-    text = f"{before:.2f} -> {after:.2f} %   {'{:+.2f} ± {:.2f}'.format(*interval(change))} %"
+    text = f"{before:.2f} -> {after:.2f} %   {with_interval(change, 2)} %"
     lines.append(f"held-out accuracy   {text}  {verdict(change, 1)}")
     before, after, _ = column(pairs, "seconds")
     lines.append(f"time               {before:6.0f} -> {after:.0f} s")
@@ -306,8 +315,8 @@ def table_cells(pairs: list, n_ideas: int) -> str:
     if error_of(pairs):
         return "fails | | | worse"
     change = column(pairs, "loss")[2]
-    loss = "{:+.4f} ± {:.4f}".format(*interval(change))
-    accuracy = "{:+.2f} ± {:.2f}".format(*interval(column(pairs, "accuracy", 100)[2]))
+    loss = with_interval(change, 4)
+    accuracy = with_interval(column(pairs, "accuracy", 100)[2], 2)
     before, after, _ = column(pairs, "seconds")
     word = verdict(change, -1, level=1 - 0.05 / n_ideas)
     return f"{loss} | {accuracy} | {after / before:.2f} | {word}"
