@@ -105,13 +105,16 @@ class Config:
 def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
     images, labels = read_set("train", config)
-    if not config.holdout:
-        test_images, test_labels = read_set("t10k", config)
-        return images, labels, test_images, test_labels
-    n_train = len(images) - config.holdout
-    if n_train < 1:
+    test_images, test_labels = read_set("t10k", config)
+    if config.holdout >= len(images):
         fail(f"holdout {config.holdout} leaves none of the {len(images)} training images")
-    return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
+    if config.holdout:
+        test_images = images[-config.holdout :]
+        test_labels = labels[-config.holdout :]
+        images = images[: -config.holdout]
+        labels = labels[: -config.holdout]
+    n = config.subset or len(images)
+    return images[:n], labels[:n], test_images[:n], test_labels[:n]
 
 
 def read_set(name: str, config: Config) -> tuple[Tensor, Tensor]:
@@ -123,9 +126,7 @@ def read_set(name: str, config: Config) -> tuple[Tensor, Tensor]:
         fail(f"{config.data_dir}: the archives of {name} don't hold 784 pixels for each label")
     if labels.max() > 9:
         fail(f"{config.data_dir}: there is a label {labels.max()}, and the network knows 0 to 9")
-    if config.subset:
-        labels = labels[: config.subset]
-    return images.view(-1, 784)[: len(labels)], labels
+    return images.view(-1, 784), labels
 
 
 def read_archive(name: str, config: Config) -> Tensor:

@@ -109,13 +109,16 @@ class Config:
 def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training images (N, 784) uint8, their labels (N,) int64, and the same for testing."""
     images, labels = read_set("train", config)
-    if not config.holdout:
-        test_images, test_labels = read_set("t10k", config)
-        return images, labels, test_images, test_labels
-    n_train = len(images) - config.holdout
-    if n_train < 1:
+    test_images, test_labels = read_set("t10k", config)
+    if config.holdout >= len(images):
         fail(f"holdout {config.holdout} leaves none of the {len(images)} training images")
-    return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
+    if config.holdout:
+        test_images = images[-config.holdout :]
+        test_labels = labels[-config.holdout :]
+        images = images[: -config.holdout]
+        labels = labels[: -config.holdout]
+    n = config.subset or len(images)
+    return images[:n], labels[:n], test_images[:n], test_labels[:n]
 
 
 def read_set(name: str, config: Config) -> tuple[Tensor, Tensor]:
@@ -129,9 +132,7 @@ def read_set(name: str, config: Config) -> tuple[Tensor, Tensor]:
         fail("MNIST's images have channels 1 and image_size 28")
     if labels.max() >= config.classes:
         fail(f"{config.data_dir}: there is a label {labels.max()}: raise classes")
-    if config.subset:
-        labels = labels[: config.subset]
-    return images.view(-1, 784)[: len(labels)], labels
+    return images.view(-1, 784), labels
 
 
 def read_archive(name: str, config: Config) -> Tensor:

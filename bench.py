@@ -1,0 +1,380 @@
+"""Does a change help? Train both sides on the same seeds, and compare what they hold out.
+
+    python bench.py vit.py                  # your edit of vit.py against the last commit's
+    python bench.py vit.py --dropout 0.1    # a flag against the default
+    python bench.py ideas/vit_muon.patch    # an idea of the collection
+    python bench.py                         # what the collection says: the table and docs/ideas.png
+
+Both sides train at the same small size (FLAGS; --full for the script's own), and are tested on the
+last 10,000 training images, which are held out. After each seed the result is printed anew, so stop
+when you have seen enough; the same command goes on from there.
+
+± is the 95 % interval of the mean difference. So of changes that do nothing, one in twenty is
+called better or worse. In the table of the collection, with its many ideas, the verdict is
+stricter: there, one whole table in twenty has such a mistake (Bonferroni).
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+from scipy import stats
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE / "runs" / "bench"
+IDEAS = HERE / "ideas"
+RESULTS = IDEAS / "results.csv"
+COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
+# About a minute on one core, with about as many passes as the default makes.
+FLAGS = {
+    "mini_vit.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
+    " --max_iters 600 --warmup_iters 100 --subset 15000",
+    "mini_vit_concat.py": "--n_layers 2 --first_layers 1 --n_head 20 --d_head 53 --n_embd 1060"
+    " --max_iters 300 --warmup_iters 50 --subset 7500",
+    "mini_vit_augment.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
+    " --batch_size 512 --max_iters 900 --warmup_iters 100 --subset 4500 --num_workers 0",
+    "vit.py": "--n_embd 64 --n_layers 3 --max_iters 900 --warmup_iters 100 --subset 6000",
+}
+
+
+# ---------------------------------------------------------------- what is compared
+class Side(NamedTuple):
+    """One side of a comparison: a script and the flags it trains with."""
+
+    script: str  # its name, such as vit.py
+    text: str
+    flags: list[str]
+
+
+def sides_of_script(script: str, given: list[str], size: list[str]) -> tuple[Side, Side]:
+    """Compare a script without and with given flags; without any, the last commit with the edit."""
+    text = (HERE / script).read_text("utf-8")
+    if given:
+        return Side(script, text, size), Side(script, text, size + given)
+    committed = git("show", f"HEAD:./{script}", folder=HERE)
+    if committed == text:
+        fail(f"{script} is as in the last commit: edit it, or give a flag to compare")
+    return Side(script, committed, size), Side(script, text, size)
+
+
+def sides_of_patch(path: Path, size: list[str]) -> tuple[Side, Side]:
+    """Compare a script with itself as a patch changes it, by a diff, by flags, or by both."""
+    header = read_header(path)
+    script = header["Script"]
+    text = (HERE / script).read_text("utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(HERE / script, folder))
+        if "diff --git" in path.read_text("utf-8"):
+            git("apply", str(path.resolve()), folder=Path(folder))
+        changed = copy.read_text("utf-8")
+    flags = shlex.split(header.get("Flags", ""))
+    return Side(script, text, size), Side(script, changed, size + flags)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return what stands before a patch's diff: Idea (its first line), Source, Script and Flags."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        fail(f"can't read {path} ({error})")
+    idea, *lines = text.partition("diff --git")[0].splitlines() or [""]
+    header = {"Idea": idea} | dict(line.split(": ", 1) for line in lines if ": " in line)
+    if header.get("Script") not in FLAGS:
+        fail(f"{path} needs a line 'Script: ' that names one of {', '.join(FLAGS)}")
+    return header
+
+
+def git(*arguments: str, folder: Path) -> str:
+    """Return what a git command prints."""
+    # A copy in a temporary folder is no part of a repository that the folder may lie in.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        fail("this needs git, which is not installed")
+    if done.returncode:
+        fail(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+# ---------------------------------------------------------------- runs
+def compare(name: str, base: Side, changed: Side, n_seeds: int, jobs: int, record: str) -> list:
+    """Train both sides on each seed, and print the result anew after each.
+
+    Return the pairs of results. If `record` names an idea, they go into ideas/results.csv, too.
+    """
+    pairs = []
+    bar = tqdm(total=2 * n_seeds, unit="run", disable=None)
+
+    def result(side: Side, seed: int) -> dict:
+        result = train(side, seed)
+        bar.update()
+        return result
+
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        runs = [
+            (pool.submit(result, base, seed), pool.submit(result, changed, seed))
+            for seed in range(1, n_seeds + 1)
+        ]
+        try:
+            for before, after in runs:
+                pairs.append((before.result(), after.result()))
+                if "error" in pairs[-1][0]:
+                    fail(f"{base.script} fails without the change: {pairs[-1][0]['error']}")
+                if record:
+                    write_rows(record, len(pairs), *pairs[-1])
+                tqdm.write(summary(name, pairs) + "\n")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return pairs
+
+
+def train(side: Side, seed: int) -> dict:
+    """Return a run's loss, accuracy and seconds, or its error; train it if that isn't done yet."""
+    flags = [*side.flags, "--holdout", "10000", "--seed", str(seed)]
+    what = json.dumps([side.text, flags, torch.__version__, processor()])
+    digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+    folder = RUNS / f"{Path(side.script).stem}-{digest}"
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / side.script).write_text(side.text, "utf-8")
+    command = [sys.executable, side.script, "--resume", "--out_dir", str(folder), *flags]
+    command += ["--data_dir", str(HERE / "data"), "--eval_interval", str(10**9)]
+    one_thread = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | one_thread
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        fail("a run was stopped; the same command goes on")
+    if done.returncode > 0:
+        result = {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    else:
+        with open(folder / "log.csv", newline="") as file:
+            *_, last = csv.DictReader(file)
+        columns = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
+        result = {key: float(last[column]) for key, column in columns.items()}
+        (folder / "model.pt").unlink()  # those of many runs would fill a disk
+    (folder / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def processor() -> str:
+    """Return the name of the GPU or the CPU, and the precision that the scripts choose there."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line[line.index(":") + 2 :] for line in lines if "model name" in line), name)
+    bfloat16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return f"{name}, {'bfloat16' if bfloat16 else 'float32'}"
+
+
+# ---------------------------------------------------------------- what came of it
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % confidence interval (Student's t)."""
+    mean = sum(differences) / len(differences)
+    return mean, half_width(differences, 0.95)
+
+
+def half_width(differences: list[float], level: float) -> float:
+    """Return half the width of the mean's confidence interval; infinity for a single seed."""
+    if len(differences) < 2:
+        return math.inf
+    return float(stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1))
+
+
+def verdict(differences: list[float], good: int, level: float = 0.95) -> str:
+    """Return whether a change helps. good is 1 where more is better, -1 where less is."""
+    mean = sum(differences) / len(differences)
+    if abs(mean) <= half_width(differences, level):
+        return "no clear difference"
+    return "better" if mean * good > 0 else "worse"
+
+
+def column(pairs: list, key: str, scale: float = 1.0) -> tuple[float, float, list[float]]:
+    """Return the mean without and with the change, and the paired differences."""
+    before = [scale * base[key] for base, _ in pairs]
+    after = [scale * changed[key] for _, changed in pairs]
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    return sum(before) / len(pairs), sum(after) / len(pairs), differences
+
+
+def error_of(pairs: list) -> str:
+    """Return the error of a seed with which the changed side fails, or ""."""
+    return next((changed["error"] for _, changed in pairs if "error" in changed), "")
+
+
+def summary(name: str, pairs: list) -> str:
+    """Return the lines that say what came of a comparison."""
+    lines = [f"{name}: {len(pairs)} seed{'s' if len(pairs) > 1 else ''}"]
+    if error_of(pairs):
+        return f"{lines[0]}\nworse: with the change, it fails: {error_of(pairs)}"
+    before, after, change = column(pairs, "loss")
+    text = f"{before:.4f} -> {after:.4f}   {'{:+.4f} ± {:.4f}'.format(*interval(change))}  "
+    lines.append(f"held-out loss      {text} {verdict(change, -1)}")
+    before, after, change = column(pairs, "accuracy", 100)
+    text = f"{before:.2f} -> {after:.2f} %   {'{:+.2f} ± {:.2f}'.format(*interval(change))} %"
+    lines.append(f"held-out accuracy   {text}  {verdict(change, 1)}")
+    before, after, _ = column(pairs, "seconds")
+    lines.append(f"time               {before:6.0f} -> {after:.0f} s")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the collection
+def read_rows() -> dict[tuple, dict]:
+    """Return the rows of ideas/results.csv by (idea, side, seed)."""
+    if not RESULTS.exists():
+        return {}
+    with open(RESULTS, newline="", encoding="utf-8") as file:
+        return {(row["idea"], row["side"], int(row["seed"])): row for row in csv.DictReader(file)}
+
+
+def write_rows(idea: str, seed: int, base: dict, changed: dict) -> None:
+    """Note both results of a seed in ideas/results.csv, in place of earlier ones."""
+    rows = read_rows()
+    commit = git("rev-parse", "--short", "HEAD", folder=HERE).strip()
+    where = {"torch": torch.__version__, "processor": processor(), "commit": commit}
+    for side, result in (("base", base), ("idea", changed)):
+        rows[idea, side, seed] = {"idea": idea, "side": side, "seed": seed} | result | where
+    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+def read_pairs(idea: str, rows: dict[tuple, dict]) -> list:
+    """Return the pairs of results that ideas/results.csv has of an idea."""
+    pairs = []
+    for name, side, seed in rows:
+        if name == idea and side == "base" and (idea, "idea", seed) in rows:
+            both = rows[idea, "base", seed], rows[idea, "idea", seed]
+            pairs.append(tuple(map(as_result, both)))
+    return pairs
+
+
+def as_result(row: dict) -> dict:
+    """Return what train() returned for a row."""
+    if row["error"]:
+        return {"error": row["error"]}
+    return {key: float(row[key]) for key in ("loss", "accuracy", "seconds")}
+
+
+def show_collection() -> None:
+    """Print a Markdown table for each script, and draw them all into docs/ideas.png."""
+    rows = read_rows()
+    tables = {}  # of each script, its ideas with their pairs
+    for path in sorted(IDEAS.glob("*.patch")):
+        header = read_header(path)
+        if pairs := read_pairs(path.stem, rows):
+            tables.setdefault(header["Script"], []).append((path.stem, header["Idea"], pairs))
+    if not tables:
+        fail(f"{RESULTS} holds no results")
+    for script, ideas in tables.items():
+        ideas.sort(key=lambda idea: change_of_loss(idea[2]))
+        print(f"**{script}**: `{FLAGS[script]}`\n")
+        print("| idea | | seeds | held-out loss | held-out accuracy, % | time | verdict |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, text, pairs in ideas:
+            print(f"| {name} | {text} | {len(pairs)} | {table_cells(pairs, len(ideas))} |")
+        print()
+    draw(tables, HERE / "docs" / "ideas.png")
+
+
+def change_of_loss(pairs: list) -> float:
+    """Return by how much an idea changes the held-out loss; infinity if it fails."""
+    return math.inf if error_of(pairs) else interval(column(pairs, "loss")[2])[0]
+
+
+def table_cells(pairs: list, n_ideas: int) -> str:
+    """Return an idea's changes of loss, accuracy and time, and a verdict among so many ideas."""
+    if error_of(pairs):
+        return "fails | | | worse"
+    change = column(pairs, "loss")[2]
+    loss = "{:+.4f} ± {:.4f}".format(*interval(change))
+    accuracy = "{:+.2f} ± {:.2f}".format(*interval(column(pairs, "accuracy", 100)[2]))
+    before, after, _ = column(pairs, "seconds")
+    word = verdict(change, -1, level=1 - 0.05 / n_ideas)
+    return f"{loss} | {accuracy} | {after / before:.2f} | {word}"
+
+
+def draw(tables: dict[str, list], path: Path) -> None:
+    """Draw a forest plot: how each idea changes the held-out loss, with its interval."""
+    from matplotlib.figure import Figure
+
+    most = max(map(len, tables.values()))
+    figure = Figure((6 * len(tables), 0.18 * most + 1.4), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (script, ideas) in zip(panels, tables.items(), strict=True):
+        names = []
+        for name, _, pairs in ideas:
+            if error_of(pairs):
+                continue
+            mean, half = interval(column(pairs, "loss")[2])
+            colour = "0.5" if abs(mean) <= half else "C2" if mean < 0 else "C3"
+            axes.errorbar(mean, len(names), xerr=half, fmt="o", color=colour, ms=3, capsize=2)
+            names.append(name.partition("_")[2].replace("_", " "))
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.axvline(0, color="0.7", linewidth=1)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.invert_yaxis()
+        axes.set(title=script, xlabel="change of held-out loss (left is better)")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+# ---------------------------------------------------------------- command line
+def fail(message: str) -> NoReturn:
+    """End with one line on stderr and exit status 1."""
+    raise SystemExit(f"bench.py: error: {message}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line, sys.argv if argv is None."""
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("bench.py", description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("target", nargs="*", help="a script, with flags of it or edited; or patches")
+    add("--seeds", type=int, default=10, help="of each side (default: 10)")
+    add("--jobs", type=int, help="runs side by side (default: one per core; one on a GPU)")
+    add("--full", action="store_true", help="train at the script's own size")
+    args, given = parser.parse_known_args(argv)
+    if not args.target:
+        show_collection()
+        return
+    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    for target in args.target:
+        path = Path(target)
+        if path.suffix != ".patch" and path.name not in FLAGS:
+            fail(f"{target} is neither a patch nor one of {', '.join(FLAGS)}")
+        script = read_header(path)["Script"] if path.suffix == ".patch" else path.name
+        size = [] if args.full else FLAGS[script].split()
+        name = f"{script}, {shlex.join(given) or 'your edit'}"
+        record = ""
+        if path.suffix == ".patch":
+            sides = sides_of_patch(path, size + given)
+            name = f"{script}, {target}"
+            if path.resolve().parent == IDEAS and not given and not args.full:
+                record = path.stem
+        else:
+            sides = sides_of_script(script, given, size)
+        compare(name, *sides, args.seeds, jobs, record)
+
+
+if __name__ == "__main__":
+    main()
