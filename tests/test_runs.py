@@ -1,7 +1,6 @@
 """Runs: going on with them, their folders, what they print and write, several processes."""
 
 import importlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -346,29 +345,17 @@ def test_each_pass_takes_each_image_once(module):
     assert torch.equal(module.batch_indices(2, 100, large), indices[250:500])
 
 
-def test_held_out_images_are_no_training_images(module):
+def test_held_out_images_are_no_training_images():
     """They are the last of the archive, which holds no image twice."""
-    all_images, all_labels, *_ = module.load_mnist(module.Config())
-    config = module.Config(holdout=10_000)
-    images, labels, held_out, held_out_labels = module.load_mnist(config)
-    assert torch.equal(torch.cat([images, held_out]), all_images)
-    assert torch.equal(torch.cat([labels, held_out_labels]), all_labels)
-    assert len(held_out) == 10_000
-    trained_on = {bytes(image) for image in images.numpy()}
-    assert not any(bytes(image) in trained_on for image in held_out.numpy())
-
-
-def test_training_takes_no_held_out_image(main, monkeypatch):
-    taken = []
-    original = mini_vit.batch_indices
-
-    def batch_indices(step, n_images, config):
-        taken.append(original(step, n_images, config))
-        return taken[-1]
-
-    monkeypatch.setattr(mini_vit, "batch_indices", batch_indices)
-    main("mini_vit", *RUN, "--holdout", "112")
-    assert sorted(torch.cat(taken).unique().tolist()) == list(range(400))
+    everything, all_labels, *_ = mini_vit.load_mnist(mini_vit.Config())
+    assert len({bytes(image) for image in everything.numpy()}) == 60_000
+    for subset, holdout, n_train, n_test in [(0, 10_000, 50_000, 10_000), (700, 900, 700, 700)]:
+        config = mini_vit.Config(subset=subset, holdout=holdout)
+        images, labels, held_out, held_out_labels = mini_vit.load_mnist(config)
+        assert torch.equal(images, everything[:n_train])
+        assert torch.equal(labels, all_labels[:n_train])
+        assert torch.equal(held_out, everything[60_000 - holdout :][:n_test])
+        assert torch.equal(held_out_labels, all_labels[60_000 - holdout :][:n_test])
 
 
 def test_held_out_accuracy_is_called_so(main):
@@ -406,15 +393,3 @@ def test_two_processes_compute_what_one_does(script, run, main, tmp_path):
     assert_same(one, two, rtol=1e-3, atol=2e-5)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
-
-
-@pytest.mark.slow
-def test_the_error_of_one_process_is_not_buried_by_the_others(start, tmp_path):
-    (tmp_path / "mine").write_text("in its way")
-    process = start("mini_vit", *RUN, "--out_dir", "mine", launch=torchrun(2))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "mini_vit.py: error: can't write into mine" in err
-    assert "Traceback" not in err.partition("ChildFailedError")[0].replace(
-        "Traceback (most recent call last):\n  File", "", 1
-    )

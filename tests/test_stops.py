@@ -13,7 +13,6 @@ from conftest import (
     TINY,
     assert_finished_alike,
     children,
-    one_line,
     torchrun,
     wait_for,
 )
