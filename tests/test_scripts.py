@@ -27,7 +27,7 @@ MAY_DIFFER = {
     "vit": CONFIG
     | MODEL
     | FAST_ATTENTION
-    | {"Transformer", "training_batches", "Block.__init__", "Block.forward"}
+    | {"Transformer", "read_set", "training_batches", "Block.__init__", "Block.forward"}
     | {"MultiHead", "MultiHead.__init__", "MultiHead.forward", "Trainer.update"},
 }
 AUGMENTATION = {"augment", "warp_basis", "hardest"}
