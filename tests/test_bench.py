@@ -1,0 +1,158 @@
+"""bench.py: it finds a difference that is there, and none between equal sides."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import bench
+
+TINY = "--n_embd 32 --n_head 2 --n_layers 1 --max_iters 60 --warmup_iters 10 --subset 2000"
+HEADER = "An idea.\nSource: folklore\nScript: vit.py\n"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs that the tests share: the same base is trained once."""
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(autouse=True)
+def tiny(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "FLAGS", dict.fromkeys(bench.FLAGS, TINY))
+    monkeypatch.setattr(bench, "RUNS", runs)
+    monkeypatch.setattr(bench, "IDEAS", tmp_path)
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results.csv")
+
+
+def lines_of(capsys, *arguments) -> list[str]:
+    """Return the last result that bench.py prints."""
+    bench.main([*arguments, "--jobs", "1"])
+    return capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
+
+
+def test_equal_sides_have_no_difference_at_all(capsys):
+    name, loss, accuracy, _ = lines_of(capsys, "vit.py", "--beta2", "0.98", "--seeds", "2")
+    assert name == "vit.py, --beta2 0.98: 2 seeds"
+    assert "+0.0000 ± 0.0000" in loss
+    assert "+0.00 ± 0.00 %" in accuracy
+    assert loss.endswith("no clear difference")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [("--max_iters 120", "better"), ("--learning_rate 1e-5", "worse")]
+)
+def test_a_sure_difference_is_found_with_three_seeds(flags, word, capsys):
+    _, loss, *_ = lines_of(capsys, "vit.py", *flags.split(), "--seeds", "3")
+    assert loss.endswith(f"  {word}")
+
+
+def test_one_in_twenty_comparisons_of_nothing_is_called_different():
+    random = np.random.default_rng(0)
+    words = [bench.verdict(list(random.normal(0, 1, 10)), -1) for _ in range(2000)]
+    assert 0.03 < sum(word != "no clear difference" for word in words) / len(words) < 0.07
+    few = [bench.verdict(list(random.normal(0, 1, 3)), -1) for _ in range(2000)]
+    assert 0.03 < sum(word != "no clear difference" for word in few) / len(few) < 0.07
+
+
+def test_the_tables_verdict_allows_for_the_number_of_ideas():
+    random = np.random.default_rng(1)
+    n_ideas = 50
+    tables = [
+        [bench.verdict(list(random.normal(0, 1, 10)), -1, 1 - 0.05 / n_ideas)] for _ in range(5000)
+    ]
+    wrong = sum(words != ["no clear difference"] for words in tables)
+    assert wrong / len(tables) < 3 * 0.05 / n_ideas
+
+
+def test_a_patch_is_recorded_and_its_runs_are_not_repeated(tmp_path, capsys, monkeypatch):
+    patch = tmp_path / "more_dropout.patch"
+    patch.write_text(f"{HEADER}Flags: --dropout 0.5\n")
+    first = lines_of(capsys, str(patch), "--seeds", "2")
+    rows = bench.read_rows()
+    assert sorted(rows) == [
+        ("more_dropout", side, seed) for side in ("base", "idea") for seed in (1, 2)
+    ]
+    assert rows["more_dropout", "idea", 1]["torch"]
+    monkeypatch.setattr(bench.sys, "executable", "/no/such/python")  # so nothing can train
+    assert lines_of(capsys, str(patch), "--seeds", "2") == first
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    bench.show_collection()
+    table = capsys.readouterr().out
+    assert "| more_dropout | An idea. | 2 |" in table
+    assert (tmp_path / "docs" / "ideas.png").exists()
+
+
+def test_a_change_that_fails_counts_as_worse(tmp_path, capsys):
+    patch = tmp_path / "diverges.patch"
+    patch.write_text(f"{HEADER}Flags: --learning_rate 1e30\n")
+    _, last = lines_of(capsys, str(patch), "--seeds", "2")
+    assert last.startswith(
+        "worse: with the change, it fails: vit.py: error: the loss is not finite"
+    )
+    bench.show_collection()
+    assert "| fails | | | worse |" in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on(tmp_path, runs, capsys, monkeypatch):
+    seen = []
+    original = subprocess.run
+
+    def killed_once(command, **options):
+        seen.append(command)
+        if len(seen) == 1:
+            return subprocess.CompletedProcess(command, -9, "", "")
+        return original(command, **options)
+
+    monkeypatch.setattr(bench.subprocess, "run", killed_once)
+    flags = ("vit.py", "--dropout", "0.3", "--seeds", "1")
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        bench.main([*flags, "--jobs", "1"])
+    lines_of(capsys, *flags)
+    assert all("--resume" in command for command in seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["vit.py"], "is as in the last commit"),
+        (["look.py"], "is neither a patch nor"),
+        (["missing.patch"], "can't read missing.patch"),
+        (["headless.patch"], "needs a line 'Script: '"),
+        (["broken.patch"], "git apply: error: patch failed: vit.py:1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    committed = bench.git("show", "HEAD:./vit.py", folder=bench.HERE)
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    (tmp_path / "vit.py").write_text(committed)
+    monkeypatch.setattr(
+        bench, "git", lambda *a, folder: committed if a[0] == "show" else git(*a, folder=folder)
+    )
+    (tmp_path / "headless.patch").write_text("An idea.\n")
+    diff = (
+        "diff --git a/vit.py b/vit.py\n--- a/vit.py\n+++ b/vit.py\n@@ -1 +1 @@\n-no such\n+line\n"
+    )
+    (tmp_path / "broken.patch").write_text(f"{HEADER}\n{diff}")
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    assert words in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+git = bench.git
+
+
+def test_without_git_one_line_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="this needs git, which is not installed"):
+        bench.git("show", "HEAD:./vit.py", folder=bench.HERE)
+
+
+def test_it_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, bench.__file__, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--seeds" in done.stdout
