@@ -82,8 +82,8 @@ def test_a_finished_run(script, main, tmp_path):
 
 def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(interrupt, capfd):
     """The second block joins at step 24, the last; the run is stopped before that."""
-    flags = [*RUN, "--growth", "20", "--subset", "10000", "--max_iters", "24"]
-    interrupt("mini_vit", *flags)
+    interrupt("mini_vit", *RUN, "--growth", "20")
+    capfd.readouterr()
     state = load(Path("runs/mini_vit/checkpoint.pt"))
     assert (state["iter"], state["depth"]) == (8, 1)
     assert look.main(["--device", "cpu"]) == 0
@@ -136,7 +136,7 @@ def test_load_run_returns_script_config_device_model_and_state(finished):
     assert run.script is mini_vit
     assert isinstance(run.config, mini_vit.Config)
     assert run.config.n_embd == 56
-    assert (run.config.subset, run.config.holdout) == (0, 0)  # it is tested on all test images
+    assert (run.config.subset, run.config.holdout) == (512, 0)  # it is tested on those images
     assert run.config.data_dir == mini_vit.Config.data_dir
     assert run.device == torch.device("cpu")
     assert not run.model.training
