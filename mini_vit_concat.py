@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 FILE = Path(globals().get("__file__", "mini_vit_concat.py"))  # a notebook's cell has no file
 SCRIPT = FILE.stem
 SOURCE = FILE.read_text("utf-8") if FILE.exists() else ""  # model.pt says what made it
-SAVE_SECONDS = 60  # training time that a stop costs, at most
+SAVE_SECONDS = 60  # between two checkpoints; more where saving takes more than a second
 
 
 # ---------------------------------------------------------------- hyperparameters
@@ -106,7 +106,7 @@ def load_mnist(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         test_labels = labels[-config.holdout :]
         images = images[: -config.holdout]
         labels = labels[: -config.holdout]
-    n = config.subset or len(images)
+    n = config.subset or None  # [:None] is all
     return images[:n], labels[:n], test_images[:n], test_labels[:n]
 
 
@@ -241,9 +241,9 @@ class MultiHead(nn.Module):
     """Attention within one vector: each token is a single number.
 
     Usually, q has shape (B, n_head, tokens, width of a token). Here, it is (B, n_head, d_head): a
-    head has d_head tokens of width 1. Token i has the i-th number of q, of k and of v, and attends
-    to all tokens of its head. As each of them is computed by its own row of self.qkv, the network
-    can tell them apart without a position embedding.
+    head has d_head tokens of width 1. The i-th number of q is multiplied with every number of k;
+    softmax makes weights of these products, and the i-th output is the average of v by them. Each
+    number comes from its own row of self.qkv, so the network needs no position embedding.
     """
 
     def __init__(self, config: Config):
@@ -381,8 +381,8 @@ def blocks_in_use(step: int, config: Config) -> int:
 
     A shallow network learns faster and costs less. The larger growth is, the later the others join:
     with growth 32 and first_layers 2, the third of 16 blocks joins after 94 % of the run. Blocks
-    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md). It
-    has 16 because the original, DFin/ViT, has.
+    that join so late change little: mini_vit.py is as accurate with n_layers 2 (RESULTS.md), and
+    has 16 only because the original has.
     """
     blocks = math.ceil(config.n_layers * (step / config.max_iters) ** config.growth)
     return min(max(config.first_layers, blocks), config.n_layers)
@@ -515,7 +515,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
     if checkpoint:
         try:
             trainer.load_state_dict(checkpoint)
-        except (RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             fail(f"{config.out_dir} doesn't fit the Transformer in {FILE.name}", error)
     compile_blocks(trainer.model, config, device)
     say_what_trains(trainer)
@@ -545,7 +545,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
             evaluating = is_evaluated(step, config)
             if step % 10 != 0 and not evaluating:
                 continue
-            if world > 1:  # what was averaged before is the same in all processes, so it stays
+            if world > 1:  # the part that was averaged before is the same everywhere, so it stays
                 dist.all_reduce(trainer.loss_sum.div_(world))
             if not trainer.loss_sum.isfinite():
                 fail(f"the loss is not finite at step {step}: lower learning_rate")
@@ -560,7 +560,7 @@ def train(config: Config, checkpoint: dict | None = None, resume: bool = False) 
                     write_log(trainer.log, Path(config.out_dir))
                 trainer.loss_sum.zero_()
 
-            # Save, but let that take 2 % of the time at most. A stop costs what was trained since.
+            # Save once a minute, or less often if that would take more than 2 % of the time.
             due = now - last_save > save_interval and step < config.max_iters
             if due and rank == 0:
                 began = time.perf_counter()
@@ -637,8 +637,8 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
         keep_freed_memory()
     if world > 1:
         store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun's store keeps what processes that have died left in it, so that each start
-        # needs keys of its own.
+        # torchrun's store outlives processes that have died: new ones would find their addresses
+        # there, and wait for them. So each start has keys of its own.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -647,7 +647,7 @@ def set_up(config: Config) -> tuple[torch.device, int, int]:
 
 def rank_and_world() -> tuple[int, int]:
     """Return this process's rank and the number of processes that train together."""
-    if not dist.is_torchelastic_launched():  # RANK and WORLD_SIZE, if set, are a cluster's
+    if not dist.is_torchelastic_launched():  # a cluster may set RANK for purposes of its own
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -711,7 +711,7 @@ def in_parallel(model: Transformer, world: int) -> nn.Module:
 
 
 class RecordedUpdate:
-    """Runs Trainer.update as one CUDA graph, which saves launching its kernels one by one."""
+    """Runs Trainer.update as one CUDA graph; launching kernels one by one takes twice as long."""
 
     def __init__(self, update: Callable[[Tensor, Tensor], Tensor]):
         self.update = update
@@ -720,7 +720,7 @@ class RecordedUpdate:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls <= 3:  # ordinary steps first: they compile, and create AdamW's state
+        if self.calls <= 3:  # ordinary steps first: they compile, and AdamW allocates its averages
             return self.update(images, labels)
         if self.graph is None:
             self.record(images, labels)
@@ -770,7 +770,7 @@ def claim_folder(config: Config, resume: bool) -> None:
         say(f"{wanted} holds another run; this one goes into {config.out_dir}")
     write_log([], folder)  # in place of the log of a run that was never saved
     flags = f"--resume --out_dir {shlex.quote(config.out_dir)}"
-    say(f"if this run is stopped, the same command goes on with {flags}")
+    say(f"to go on if this run is stopped: the same command with {flags}")
 
 
 def holds_run(folder: Path) -> bool:
@@ -789,8 +789,9 @@ def lock_folder(folder: Path, seconds: float = 0) -> bool:
     return True
 
 
-@functools.cache  # a lock that nobody refers to would be released
+@functools.cache  # it keeps the lock: one that nobody refers to would be released
 def lock_of(folder: Path) -> FileLock:
+    """Return the lock of a folder. When a process ends, however it does, the system frees its."""
     return FileLock(folder / ".lock")
 
 
@@ -813,9 +814,8 @@ def save(trainer: Trainer, name: str) -> None:
 
 def write_log(log: list[dict], folder: Path) -> None:
     """Write log.csv, a row per evaluation."""
-    columns = dict.fromkeys(
-        name for row in log for name in row
-    )  # rows may differ, if you add columns
+    # The rows of a resumed run may differ, if you have added a column.
+    columns = dict.fromkeys(name for row in log for name in row)
     with writing_into(folder), open(folder / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -824,7 +824,7 @@ def write_log(log: list[dict], folder: Path) -> None:
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Fail in one line where that can't be done."""
+    """Turn an error of writing into a folder into one line."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises the latter when a disk is full
@@ -834,7 +834,8 @@ def writing_into(folder: Path) -> Iterator[None]:
 def load_checkpoint(folder: Path) -> dict | None:
     """Lock a folder and return its checkpoint; None if its run is yet to start, or is finished."""
     path = folder / "checkpoint.pt"
-    # The workers of a killed process, if it had any, hold its lock for some seconds more.
+    # The workers of a killed process, if it had any, hold its lock for some seconds more. Only one
+    # of several processes locks: torchrun ends the old ones before it starts new ones.
     if path.exists() and rank_and_world()[0] == 0 and not lock_folder(folder, seconds=20):
         fail(f"another process is training in {folder}")
     if not path.exists():
@@ -877,7 +878,7 @@ def say_what_changes(checkpoint: dict, config: Config) -> None:
         value = getattr(config, name)
         if value == before or name == "out_dir":
             continue
-        if name in ("seed", "n_head", "d_head"):  # it would be another run, or another network
+        if name in ("seed", "n_head", "d_head"):  # weights would fit, but be of another run
             fail(f"--{name} can't change on --resume: the run in {config.out_dir} has {before}")
         line += f", {name} {value} (so far {before})"
     if checkpoint["iter"] >= config.max_iters:
