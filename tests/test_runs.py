@@ -90,6 +90,15 @@ def test_weights_that_do_not_fit_are_named(main, interrupt, monkeypatch):
     one_line(main("mini_vit", "--resume", status=1), "blocks.0.ff.0.weight")
 
 
+def test_a_checkpoint_without_a_key_is_one_line(main, interrupt, tmp_path):
+    interrupt("mini_vit", *RUN)
+    path = tmp_path / "runs" / "mini_vit" / "checkpoint.pt"
+    state = load(path)
+    del state["optimizer"]
+    torch.save(state, path)
+    one_line(main("mini_vit", "--resume", status=1), "runs/mini_vit doesn't fit", "optimizer")
+
+
 class Malice:
     def __reduce__(self):
         return exec, ("open('harm', 'w').close()",)
@@ -348,11 +357,18 @@ def test_each_pass_takes_each_image_once(module):
     assert torch.equal(module.batch_indices(2, 100, large), indices[250:500])
 
 
+SPLITS = [  # subset, holdout, training images, held-out images
+    (0, 10_000, 50_000, 10_000),
+    (0, 40_000, 20_000, 40_000),
+    (700, 900, 700, 700),
+]
+
+
 def test_held_out_images_are_no_training_images():
     """They are the last of the archive, which holds no image twice."""
     everything, all_labels, *_ = mini_vit.load_mnist(mini_vit.Config())
     assert len({bytes(image) for image in everything.numpy()}) == 60_000
-    for subset, holdout, n_train, n_test in [(0, 10_000, 50_000, 10_000), (700, 900, 700, 700)]:
+    for subset, holdout, n_train, n_test in SPLITS:
         config = mini_vit.Config(subset=subset, holdout=holdout)
         images, labels, held_out, held_out_labels = mini_vit.load_mnist(config)
         assert torch.equal(images, everything[:n_train])
