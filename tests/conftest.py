@@ -89,6 +89,7 @@ def interrupt(main, monkeypatch):
             patch.setattr(module, "SAVE_SECONDS", 0)
             patch.setattr(module, "blocks_in_use", blocks_in_use)
             main(script, *flags)
+        module.lock_of.cache_clear()  # as if this process had ended: its lock is free
 
     return interrupt
 

@@ -223,7 +223,6 @@ def test_after_a_run_that_failed_the_same_command_runs_again(resume, main, tmp_p
 def test_a_run_that_another_process_trains_is_left_alone(start, main, interrupt, monkeypatch):
     """A second --resume waits, for the workers of a killed process, and ends with one line."""
     interrupt("mini_vit", *RUN)
-    mini_vit.lock_of.cache_clear()  # as if the process that was interrupted had ended
     endless = ["--resume", "--max_iters", "1000000"]
     process = start("mini_vit", *endless)
     assert process.stdout.readline().startswith("going on with runs/mini_vit from step 8")
