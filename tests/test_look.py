@@ -75,8 +75,9 @@ def test_a_finished_run(script, main, tmp_path):
     first, *lines = result.stdout.splitlines()
     assert first.startswith(f"runs/mine: {script}.py, 24 steps")
     digits = [f"accuracy of {digit}" for digit in range(10)]
-    assert [line.split(":")[0] for line in lines] == ["test loss", *digits, "accuracy"]
-    assert lines[-1].endswith(" of 10000)")
+    measured = "measured on 512 test images of MNIST"
+    assert [line.split(":")[0] for line in lines] == [measured, "test loss", *digits, "accuracy"]
+    assert lines[-1].endswith(" of 512)")
     assert_drawn(tmp_path / "runs" / "mine" / "report.png")
 
 
