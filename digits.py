@@ -1,51 +1,77 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
-open_picture opens any image file; to_gray makes colour grey; find_ink tells ink from paper;
-find_parts finds what is connected; join_parts makes digits of parts; in_rows puts them into reading
-order; like_mnist scales them. Lengths in pixels are of the picture scaled to AREA.
+read_digits, at the top, shows the steps. open_picture opens an image file, however large or broken;
+to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_parts leaves
+out what is printed; find_digits joins the parts of a digit and separates neighbours; in_rows puts
+digits into reading order; like_mnist scales them. The side of a picture is the square root of its
+area; lengths in pixels are of the picture scaled to AREA.
 """
 
+import math
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 from skimage.measure import label, regionprops
-from skimage.morphology import reconstruction
+from skimage.morphology import disk, reconstruction
 from torch import Tensor
 
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # most of a picture is there without its last bytes
-
-MOST_PIXELS = 180_000_000  # of a file; in colour they take 0.5 GB
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # Pillow warns of more, and refuses twice as many
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Opening
+FORMATS = "PNG JPEG MPO WEBP GIF BMP TIFF PPM AVIF HEIF".split()  # HEIF: with pillow_heif
+warnings.filterwarnings("ignore", module="PIL")  # of large pictures, of strange metadata
+MOST_MEMORY = 900_000_000  # bytes, while a picture is decoded: 180 megapixels in most formats
+BYTES_PER_PIXEL = {"GIF": 12, "WEBP": 16, "AVIF": 12, "HEIF": 12, "TIFF": 8}  # 5 in other formats
+MOST_PER_BYTE = 10_000  # pixels; only blank pages are packed more tightly
+MOST_SCANS = 30  # of a JPEG; cameras and programs make 1 to 20
+MOST_PAGES = 20  # that look.py reads of a file
+SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
 SMALLEST = 4  # pixels of a side; less can't show a digit
+
+# Ink on paper
+UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
-BACKGROUND = 1 / 16  # of the side; the sigma of a blur in which strokes are gone, light remains
-WINDOW = 1 / 4  # of the side; wider than the widest stroke, narrower than most shadows
-NARROW_WINDOW = 1 / 8  # of the side; narrower than a page's margin, so that isn't taken for ink
+LIGHT = 1 / 10  # of the side; the sigma of a blur in which strokes are gone, light remains
+NARROW = 1 / 8  # of the side; ink and paper are told apart by what is narrower than this
+WINDOW = 1 / 4  # of the side; strokes are narrower; frames, desks and most shadows wider
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
 GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
-EDGE_PLACES = 6  # a digit that is cut off meets the edge in fewer places than squared paper
-EDGE_SHARE = 0.05  # of the edge; a digit covers less, a frame or a shadow more
-CUT_HEIGHT = 0.15  # of the picture; what a tilted shadow leaves at the edge is lower
-LEFTOVER = 0.35  # of the contrast of all that is narrow; uneven ruled lines leave less
+THIN = 1 / 20  # of the picture's shorter side, or of a line's length; printed lines are thinner
+DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
-INSIDE = 0.3  # of a part's height; if something as tall is in its hole, it is a box or a circle
-GAP = 0.1  # of a digit's height; between digits there is more, in a broken stroke less
+INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
+LINE = 1.3  # times the tallest digit; a straight line that is longer is no 1
+GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
-DASH = 4  # stroke widths; ... and no longer than this, unlike the digits of several rows
-HAT = 0.25  # of a digit's height; the bar of a 5 can be this far above the rest
-TALL = 0.45  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
+TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
+CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
+BLOCK = 0.5  # of a digit's longer side; the strokes of even the boldest digit are thinner
+FLAT = 2.5  # times its height; no digit is wider
+STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
+
+
+class NothingThere(ValueError):
+    """There is no digit in a picture."""
+
+
+class Digits(list):
+    """The digits of a picture; note says in a few words what is missing of it, if anything is."""
+
+    def __init__(self, note: str):
+        super().__init__()
+        self.note = note
 
 
 class Digit(NamedTuple):
@@ -54,157 +80,284 @@ class Digit(NamedTuple):
     pixels: Tensor  # (784,) uint8, MNIST's form
     box: tuple[int, int, int, int]  # left, top, right, bottom: pixels of the picture as shown
     row: int  # row of digits it stands in, from 0 at the top
+    hint: str = ""  # what it may be instead of a digit, to judge by its shape
 
 
-def read_digits(source: str | Path | BinaryIO, page: int = 0) -> list[Digit]:
-    """Return the digits of a picture, row by row, left to right; ValueError if there are none."""
+def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
+    """Return the digits of a picture, row by row, each from left to right.
+
+    Raise NothingThere if there are none; ValueError, or one of Pillow's errors, if the picture
+    can't be read.
+    """
     image = open_picture(source, page)
-    ink = find_ink(to_gray(image))
-    across = image.width / ink.shape[1]
-    down = image.height / ink.shape[0]
-    parts = find_parts(ink)
-    rows = in_rows(join_parts(parts)) if parts.any() else []
-    if not rows:
-        raise ValueError("there is nothing in it")
-    digits = []
-    for number, row in enumerate(rows):
+    gray = to_gray(image)
+    ink = find_ink(gray)
+    found = find_digits(ink)
+    if not found:  # a thick digit that fills the picture can look like paper
+        paper = find_ink(-gray)
+        found = [part for part in find_digits(paper) if reaches_edge(part, gray.shape)]
+        if not found:
+            raise NothingThere(f"there is {'no digit' if ink.any() else 'nothing'} in it")
+        ink = paper
+    across = image.info["scale"] * image.width / ink.shape[1]
+    down = image.info["scale"] * image.height / ink.shape[0]
+    digits = Digits(image.info["note"])
+    for number, row in enumerate(in_rows(found)):
         for part in row:
             top, left, bottom, right = part.bbox
             box = left * across, top * down, right * across, bottom * down
             pixels = like_mnist(np.where(part.image, ink[part.slice], 0))
-            digits.append(Digit(pixels, tuple(round(n) for n in box), number))
+            digits.append(Digit(pixels, tuple(round(n) for n in box), number, hint_of(part)))
     return digits
 
 
+def doubt(digit: Digit, probabilities: Tensor) -> str:
+    """Return in a few words why a reading, probabilities (10,), isn't sure; "" if it is."""
+    second_and_third = probabilities.argsort(descending=True)[1:3].tolist()
+    others = [
+        f"{'an' if other == 8 else 'a'} {other}"
+        for other in second_and_third
+        if probabilities[other] > UNSURE
+    ]
+    doubts = [digit.hint] if digit.hint else []
+    if others:
+        doubts.append(f"may also be {' or '.join(others)}")
+    return ", ".join(doubts)
+
+
+# ---------------------------------------------------------------------------- opening
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
-    """Return one page of an image file as it is shown: rotated as its EXIF data says."""
+    """Return one page of an image file as it is shown, in RGB, with at most SHOWN pixels.
+
+    info["scale"] says how many of the file's pixels lie along one of its own, and info["note"]
+    what is missing of the picture, if anything is.
+    """
     with open_file(source) as image:
         if page:
             image.seek(page)
-        if image.width * image.height > MOST_PIXELS:  # the first page may have been smaller
-            raise ValueError("it has too many pixels: make it smaller")
-        if min(image.size) < SMALLEST:
-            raise ValueError("there is nothing in it")
-        image.load()
-        try:
-            return ImageOps.exif_transpose(image)
-        except Exception:  # a broken EXIF block says nothing about the pixels
-            return image.copy()
+            check_size(image, source)  # the first page may have been smaller
+        original = image.size
+        scale = max(1, math.sqrt(math.prod(original) / SHOWN))
+        size = [max(1, round(n / scale)) for n in original]
+        image.draft(None, size)  # a JPEG is reduced while it is decoded
+        note = ""
+        if load(image):
+            small = shrink(image, size)
+        else:
+            missing_is = 128 if image.format in ("JPEG", "MPO") else 0
+            small, note = without_the_missing(shrink(image, size), missing_is)
+        if min(small.size) < SMALLEST:
+            raise NothingThere("there is nothing in it")
+        small.getexif()[ExifTags.Base.Orientation] = orientation(image)
+    shown = in_rgb(ImageOps.exif_transpose(small))
+    shown.info = {"scale": scale, "note": note}
+    return shown
 
 
 def count_pages(source: str | Path | BinaryIO) -> int:
     """Return how many pages or frames an image file has."""
     with open_file(source) as image:
-        if image.format in ("MPO", "PSD"):  # a camera's previews, and layers, are no pages
+        if image.format == "MPO":  # a camera's previews are no pages
             return 1
         return getattr(image, "n_frames", 1)
 
 
 def open_file(source: str | Path | BinaryIO) -> Image.Image:
-    """Open an image file; ValueError if it has more than MOST_PIXELS."""
+    """Open an image file; ValueError if it would take too much memory or time."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        return Image.open(source)
+        image = Image.open(source, formats=formats)
     except Image.DecompressionBombError:
         raise ValueError("it has too many pixels: make it smaller") from None
+    check_size(image, source)
+    return image
 
 
-def in_8_bits(image: Image.Image) -> Image.Image:
-    """Return a picture with 16 bits of grey, or floats, of any range, in shades from 0 to 255.
+def check_size(image: Image.Image, source: str | Path | BinaryIO) -> None:
+    """Raise ValueError if decoding a picture would take too much memory or time."""
+    is_path = isinstance(source, str | Path)
+    n_bytes = os.path.getsize(source) if is_path else source.seek(0, os.SEEK_END)
+    pixels = math.prod(image.size)
+    per_pixel = BYTES_PER_PIXEL.get(image.format, 5)
+    if image.format in ("JPEG", "MPO"):
+        n_scans = count_scans(image.fp)
+        if n_scans > MOST_SCANS:
+            raise ValueError(f"it is a JPEG of {n_scans} scans: save it once more")
+        if n_scans > 1:
+            per_pixel = 8  # what all scans add up to is kept until the last one
+    if pixels * per_pixel > MOST_MEMORY:
+        raise ValueError("it has too many pixels: make it smaller")
+    most_per_byte = MOST_PER_BYTE
+    if image.format == "PPM":  # not compressed, so 8 at most
+        most_per_byte = 16
+        if image.tile[0].codec_name != "raw" and pixels > SHOWN:  # Pillow decodes it in Python
+            raise ValueError("it has too many pixels for its format: save it as PNG")
+    if pixels > most_per_byte * n_bytes:
+        width, height = image.size
+        raise ValueError(f"{width} x {height} pixels can't be in {n_bytes} bytes")
 
-    Of LAB, only the lightness is left.
+
+def count_scans(file: BinaryIO) -> int:
+    """Return how many scans a JPEG file has; each goes over all of the picture once more."""
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    n_scans = 0
+    place = 2  # after the marker that says that this is a JPEG
+    while marker := re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]").search(data, place):
+        if marker[0] == b"\xff\xd9":  # the picture's end
+            break
+        n_scans += marker[0] == b"\xff\xda"
+        length = data[marker.end() : marker.end() + 2]
+        place = marker.end() + int.from_bytes(length)
+    return n_scans
+
+
+def load(image: Image.Image) -> bool:
+    """Decode an opened picture as far as it goes; return whether it is whole."""
+    try:
+        image.load()
+        return True
+    except OSError:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        image.load()
+        return False
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def orientation(image: Image.Image) -> int:
+    """Return how a picture is to be turned, as its EXIF data says."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
+def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a picture scaled to a size, in 8 bits of grey, RGBA or floats.
+
+    It is done in bands, because Pillow's steps each need a copy.
     """
-    if image.mode == "LAB":
-        return image.getchannel("L")
-    if image.mode[0] not in "IF":
-        return image
-    pixels = np.nan_to_num(np.asarray(image, np.float32))
-    low, high = np.percentile(pixels, (0.1, 99.9))
-    pixels = (pixels - low) / max(high - low, 1e-9) * 255
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    scale = image.height / size[1]
+    bands = []
+    for top in range(0, size[1], 16):
+        bottom = min(top + 16, size[1])
+        first = math.floor(top * scale)
+        last = min(math.ceil(bottom * scale), image.height)
+        band = image.crop((0, first, image.width, last))
+        if image.mode == "LAB":
+            band = band.getchannel("L")
+        elif image.mode[0] in "IF":  # 16 bits, or floats
+            band = band.convert("F")
+        else:
+            band = band.convert("RGBA")
+        box = 0, top * scale - first, image.width, min(bottom * scale - first, last - first)
+        band = band.resize((size[0], bottom - top), Image.Resampling.BOX, box)
+        bands.append(np.asarray(band))
+    return Image.fromarray(np.concatenate(bands))
 
 
+def without_the_missing(picture: Image.Image, missing_is: int) -> tuple[Image.Image, str]:
+    """Return a picture without the rows that its file lacks, and what there is to say of it."""
+    last_column = np.atleast_3d(picture)[:, -1, :3]
+    there = (last_column != missing_is).any(-1).nonzero()[0]
+    rows = there[-1] + 1 if len(there) else 0
+    share = 1 - rows / picture.height
+    note = f"its last {share:.0%} is missing" if share else "the end of its file is missing"
+    return picture.crop((0, 0, picture.width, rows)), note.replace("%", " %")
+
+
+def in_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB: what is transparent contrasts with what is drawn.
+
+    16 bits of grey, or floats, may have any range.
+    """
+    pixels = np.asarray(picture)
+    if pixels.ndim == 2 and pixels.dtype == np.float32:
+        pixels = np.nan_to_num(pixels)
+        low, high = np.percentile(pixels, (0.1, 99.9))
+        pixels = 255 * ((pixels - low) / max(high - low, 1e-9)).clip(0, 1)
+        return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    alpha = picture.getchannel("A")
+    drawn = np.asarray(picture.convert("RGBa"))
+    is_dark = drawn[..., :3].mean() < np.asarray(alpha).mean() / 2
+    paper = Image.new("RGBA", picture.size, "white" if is_dark else "black")
+    return Image.alpha_composite(paper, picture).convert("RGB")
+
+
+# ---------------------------------------------------------------------------- ink
 def to_gray(image: Image.Image) -> np.ndarray:
-    """Return a picture, scaled to AREA, as brightness, (height, width), about 0 to 1.
+    """Return an RGB picture, scaled to AREA, as brightness, (height, width), in which ink is dark.
 
-    Colour becomes grey along the direction in which strokes differ most from what surrounds them.
+    Brightness is measured along the direction of colours in which places differ most from what is
+    around them: of red ink on green paper, it keeps the difference.
     """
-    image = in_8_bits(image)
+    small = scaled(image, LEAST_AREA)
+    side = math.sqrt(LEAST_AREA)
+    changes = small - ndimage.gaussian_filter(small, LIGHT * side, axes=(0, 1))
+    flat = changes.reshape(-1, 3)
+    direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
+    direction /= abs(direction).sum()
+    window = round(NARROW * side)
+    gray = small @ direction
+    change = changes @ direction
+    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change).clip(0)
+    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change).clip(0)
+    least = FAINT * max(dark.max(), light.max())
+    if largest_part(light, least) > largest_part(dark, least):
+        direction = -direction
     area = image.width * image.height
-    scale = (min(max(area, LEAST_AREA), AREA) / area) ** 0.5
+    return scaled(image, min(max(area, LEAST_AREA), AREA)) @ direction
+
+
+def largest_part(strokes: np.ndarray, least: float) -> float:
+    """Return how much there is of the largest connected part, from the cubes of its pixels."""
+    labels = label(strokes > least)
+    return np.bincount(labels.ravel(), (strokes**3).ravel())[1:].max(initial=0)
+
+
+def scaled(image: Image.Image, area: int) -> np.ndarray:
+    """Return an RGB picture scaled to about so many pixels, (height, width, 3) from 0 to 1."""
+    scale = math.sqrt(area / (image.width * image.height))
     size = [max(1, round(n * scale)) for n in image.size]
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
-    image = image.convert("RGBA").resize(size, Image.Resampling.BOX)
-    colour = on_paper(np.asarray(image, np.float32) / 255)
-    some = colour[::2, ::2]
-    strokes = (some - blurred(some)).reshape(-1, 3)
-    direction = np.linalg.eigh(strokes.T @ strokes)[1][:, -1]
-    return colour @ (direction / abs(direction).sum() * np.sign(direction.sum() or 1))
-
-
-def in_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture to be looked at: what is transparent contrasts with what is drawn."""
-    image = in_8_bits(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    colour = on_paper(np.asarray(image.convert("RGBA"), np.float32) / 255)
-    return Image.fromarray((255 * colour).round().astype(np.uint8))
-
-
-def on_paper(pixels: np.ndarray) -> np.ndarray:
-    """Return the colours (H, W, 3) of pixels (H, W, 4), on paper that contrasts with what is drawn.
-
-    All are from 0 to 1. What is transparent becomes white paper or black.
-    """
-    alpha = pixels[..., 3:]
-    drawn = pixels[..., :3] * alpha
-    paper = drawn.mean() < 0.5 * alpha.mean()
-    return drawn + paper * (1 - alpha)
-
-
-def blurred(picture: np.ndarray) -> np.ndarray:
-    """Return a picture in which strokes are gone and uneven light remains."""
-    side = (picture.shape[0] * picture.shape[1]) ** 0.5
-    return ndimage.gaussian_filter(picture, BACKGROUND * side, axes=(0, 1), truncate=2)
+    return np.asarray(image.resize(size, Image.Resampling.BOX), np.float32) / 255
 
 
 def find_ink(gray: np.ndarray) -> np.ndarray:
     """Return how far each pixel stands out from the paper, as a share of the ink's contrast.
 
-    Raise ValueError if nothing stands out from the noise.
+    It is 0 everywhere if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    if is_light_ink(gray):
-        gray = -gray
-    ink = dark_strokes(gray, WINDOW)
+    ink = strokes(gray, mode="edge")
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
-        raise ValueError("there is nothing in it")
-    return (ink / contrast).clip(0, 1)
+        return np.zeros_like(ink)
+    ink = (ink / contrast).clip(0, 1)
+    whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
+    for part in regionprops(label(whole > FAINT)):
+        here = np.zeros(ink.shape, bool)
+        here[part.slice] = part.image
+        if edge_of(here).any() and ink[here].sum() > whole[here].sum() / 2:
+            ink[here] = without_lines(np.where(here, whole, 0))[here]
+    return ink
 
 
-def is_light_ink(gray: np.ndarray) -> bool:
-    """Return whether strokes are lighter than paper: by third moments, where strokes dominate."""
-    gray = gray[::3, ::3]  # enough for a sum
-    difference = gray - blurred(gray)
-    dark = np.minimum(dark_strokes(gray, NARROW_WINDOW), (-difference).clip(0))
-    light = np.minimum(dark_strokes(-gray, NARROW_WINDOW), difference.clip(0))
-    return (light**3).sum() > (dark**3).sum()
+def strokes(gray: np.ndarray, **beyond) -> np.ndarray:
+    """Return how much darker each pixel is than the paper near it.
 
-
-def dark_strokes(gray: np.ndarray, window: float) -> np.ndarray:
-    """Return how much darker each pixel is than the paper, where it belongs to a stroke."""
-    size = round(window * gray.size**0.5)
-    narrow = ndimage.grey_closing(gray, (size, size), mode="nearest") - gray
-    seed = gray.copy()
-    seed[1:-1, 1:-1] = gray.max()
-    paper = reconstruction(seed, gray, method="erosion")  # fills what doesn't reach the edge
-    strokes = np.minimum(narrow, paper - gray)
-    contrast = contrast_of(narrow)
-    if contrast_of(strokes) < LEFTOVER * contrast:
-        return narrow * is_cut_off(narrow > FAINT * contrast)
-    return strokes
+    `beyond` says what the picture is like beyond its edge, in np.pad's words.
+    """
+    size = round(WINDOW * math.sqrt(gray.size))
+    padded = np.pad(gray, size, **beyond)
+    darker = ndimage.grey_closing(padded, (size, size)) - padded
+    return darker[size:-size, size:-size]
 
 
 def contrast_of(ink: np.ndarray) -> float:
@@ -212,53 +365,149 @@ def contrast_of(ink: np.ndarray) -> float:
     return np.median(ink[ink >= ink.max() / 2])
 
 
-def is_cut_off(ink: np.ndarray) -> bool:
-    """Return whether ink that meets the edge may be a digit's: no frame, no shadow, no lines."""
-    edges = ink[0], ink[:, -1], ink[-1, ::-1], ink[::-1, 0]
-    touched = sum(edge.any() for edge in edges)  # 4 by a digit that is cropped to its outline
-    edge = np.concatenate(edges)
-    places = np.count_nonzero(edge[1:] & ~edge[:-1])
-    few = places <= EDGE_PLACES and edge.mean() < EDGE_SHARE
-    return few and touched in (1, 4) and ink.any(1).mean() > CUT_HEIGHT
+def edge_of(picture: np.ndarray) -> np.ndarray:
+    """Return the pixels along a picture's edge, clockwise."""
+    return np.concatenate([picture[0], picture[:, -1], picture[-1, ::-1], picture[::-1, 0]])
+
+
+def without_lines(ink: np.ndarray) -> np.ndarray:
+    """Return ink that touches the edge without lines of ruled or squared paper, if it is such."""
+    there = ink > 0
+    edge = edge_of(there)
+    runs = np.count_nonzero(edge & ~np.roll(edge, 1))
+    is_across = (there[0].any() and there[-1].any()) or (there[:, 0].any() and there[:, -1].any())
+    if runs <= 4 and not is_across:  # a digit that is cut off meets the edge in few places
+        return ink
+    seed = ink.copy()
+    seed[1:-1, 1:-1] = 0
+    darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
+    rest = np.where(darker > DARKER * ink, ink, 0)
+    is_flat = there.any(1).sum() < there.any(0).sum() / 5
+    is_thin = stroke_width(there) < THIN * min(ink.shape)
+    if rest.max() >= STRONG or is_flat or (runs > 4 and is_thin):
+        return rest
+    return ink
 
 
 def find_parts(ink: np.ndarray) -> np.ndarray:
-    """Return where there is ink of digits: no dust, no boxes or circles around something."""
+    """Return where there is ink of digits: no dust, no boxes, no lines beside digits."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
-    heights = {part.label: len(part.image) for part in parts}
-    kept = []
-    for part in parts:
-        hole = part.image_filled & ~part.image
-        inside = np.unique(labels[part.slice][hole])
-        if max(heights.get(n, 0) for n in [0, *inside]) < INSIDE * len(part.image):
-            kept.append(part.label)
+    tallest = max((len(part.image) for part in parts), default=0)
+    large = [part for part in parts if len(part.image) > INSIDE**2 * tallest]
+    printed = [part.label for part in large if is_printed(part, large)]
+    kept = [part.label for part in parts if part.label not in printed]
     return np.isin(labels, kept)
 
 
-def join_parts(ink: np.ndarray) -> list:
+def is_printed(part, parts: list) -> bool:
+    """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
+    height, width = part.image.shape
+    top, left, bottom, right = part.bbox
+    others = [other for other in parts if other is not part and len(other.image) > INSIDE * height]
+    if others and width < height / 5 and height > LINE * max(len(o.image) for o in others):
+        return True
+    for other in others:
+        a, b, c, d = other.bbox
+        if top <= a and left <= b and c <= bottom and d <= right:
+            y, x = other.coords.T
+            is_in_hole = part.image_filled[y - top, x - left].all()
+            away = ndimage.distance_transform_edt(~part.image)[y - top, x - left].min()
+            if is_in_hole or away > GAP * len(other.image):
+                return True
+    return False
+
+
+def find_digits(ink: np.ndarray) -> list:
     """Return the region of each digit. Parts are one digit if the gap between them is small."""
-    parts = regionprops(label(ink))
-    stroke = 4 * ndimage.distance_transform_edt(ink)[ink].mean() - 1  # of width 7: 1 2 3 4 3 2 1
+    there = find_parts(ink)
+    parts = regionprops(label(there))
+    if not parts:
+        return []
+    stroke = stroke_width(there)
     size = np.median([part.area for part in parts])
     height = tallest = max(len(part.image) for part in parts)
-    together = np.ptp(ink.any(1).nonzero()[0])
+    together = np.ptp(there.any(1).nonzero()[0])
     no_holes = all(part.euler_number == 1 for part in parts)
     if no_holes and tallest < DASHED * together and size < DASH * stroke**2:
         height = together
-    reach = GAP * height
-    labels = ink * label(ndimage.distance_transform_edt(~ink) <= reach / 2)
-    groups = regionprops(labels)
-    least = max(DUST, TALL * max(len(group.image) for group in groups))
-    digits = [group for group in groups if len(group.image) >= least]
-    for small in groups:
-        for digit in digits:
-            gap = digit.bbox[0] - small.bbox[2]
-            above = abs(gap) < HAT * height and digit.bbox[1] < small.centroid[1] < digit.bbox[3]
-            if len(small.image) < least and above:
-                labels[labels == small.label] = digit.label
-    kept = [digit.label for digit in digits]
-    return [digit for digit in regionprops(labels) if digit.label in kept]
+    labels = there * label(ndimage.distance_transform_edt(~there) <= GAP * height / 2)
+    for _ in range(3):  # a chain of up to eight digits is halved three times
+        for group in regionprops(labels):
+            pieces = separate(group.image, ink[group.slice])
+            labels[group.slice][group.image] = pieces[group.image] + labels.max()
+    digits = regionprops(labels)
+    least = max(DUST, TALL * max(len(digit.image) for digit in digits))
+    return [digit for digit in digits if len(digit.image) >= least and is_like_a_digit(digit)]
+
+
+def reaches_edge(part, shape: tuple[int, int]) -> bool:
+    """Return whether a part comes as close to the picture's edge as a speck of dust is large."""
+    top, left, bottom, right = part.bbox
+    return min(top, left, shape[0] - bottom, shape[1] - right) < DUST
+
+
+def is_like_a_digit(part) -> bool:
+    """Return whether a part's shape may be a digit's: it is no block, no dash, no scribble."""
+    height, width = part.image.shape
+    is_block = stroke_width(part.image) > BLOCK * max(height, width)
+    holes = regionprops(label(part.image_filled & ~part.image))
+    n_holes = sum(hole.area > part.image.size / 200 for hole in holes)
+    return not is_block and width < FLAT * height and n_holes <= 3
+
+
+def hint_of(part) -> str:
+    """Return what a part may be, if not a digit, to judge by its shape; "" if there is no doubt."""
+    height, width = part.image.shape
+    stroke = stroke_width(part.image)
+    # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
+    is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
+    if is_straight and stroke < THIN * height:
+        return "may be a line"
+    y, x = part.image.nonzero()
+    row, column = part.image.sum(1).argmax(), part.image.sum(0).argmax()
+    on_cross = ((abs(y - row) < stroke) | (abs(x - column) < stroke)).mean()
+    in_middle = abs(row / height - 0.5) < 0.15 and abs(column / width - 0.5) < 0.15
+    if on_cross > 0.95 and in_middle and 3 * stroke < min(height, width):
+        return "may be a plus"
+    return ""
+
+
+def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """Return where digits are in a group of parts, as numbers: neighbours may touch, or almost."""
+    cores = side_by_side(there)
+    # Few digits are wider than they are tall, but two that touch are.
+    if there.shape[1] > len(there):
+        for darkness in np.arange(0.4, 1, 0.1):  # where digits touch, there is often less ink
+            if cores.max() < 2:
+                cores = side_by_side(there & (ink > darkness))
+    if cores.max() < 2:
+        return there.astype(int)
+    nearest = ndimage.distance_transform_edt(
+        cores == 0, return_distances=False, return_indices=True
+    )
+    return cores[tuple(nearest)]
+
+
+def side_by_side(there: np.ndarray) -> np.ndarray:
+    """Return numbers, from 1, of tall parts side by side; those above each other have the same."""
+    labels = label(there)
+    tall = [part for part in regionprops(labels) if len(part.image) >= CORE * len(there)]
+    cores = np.zeros_like(labels)
+    number = end = 0
+    for part in sorted(tall, key=lambda part: part.bbox[1]):
+        _, left, _, right = part.bbox
+        if end - left < (right - left) / 2:
+            number += 1
+        cores[labels == part.label] = number
+        end = max(end, right)
+    return cores
+
+
+def stroke_width(ink: np.ndarray) -> float:
+    """Return the mean width of strokes. The distances to paper in one of 7 are 1 2 3 4 3 2 1."""
+    padded = np.pad(ink, 1)
+    return 4 * ndimage.distance_transform_edt(padded)[padded].mean() - 1
 
 
 def in_rows(digits: list) -> list[list]:
@@ -275,16 +524,27 @@ def in_rows(digits: list) -> list[list]:
     return sorted(rows, key=lambda row: row[0].centroid[0])
 
 
+def resized(ink: np.ndarray, side: int) -> np.ndarray:
+    """Return ink scaled so that its longer side has so many pixels."""
+    size = [max(1, round(side * n / max(ink.shape))) for n in ink.shape]
+    picture = Image.fromarray(ink.astype(np.float32))
+    return np.asarray(picture.resize(size[::-1], Image.Resampling.BOX))
+
+
 def like_mnist(ink: np.ndarray) -> Tensor:
     """Return ink in MNIST's form, (784,) uint8 (LeCun et al. 1998).
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
+    Strokes become as wide as most of MNIST's.
     """
-    size = [max(1, round(20 * n / max(ink.shape))) for n in ink.shape]
-    scaled = Image.fromarray(ink.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
-    ink = np.asarray(scaled)
+    large = resized(ink, 80)  # four times as large as MNIST's
+    missing = 4 * STROKE - stroke_width(large > large.max() / 2)
+    radius = round(missing / 2)
+    if radius > 0:
+        ink = ndimage.grey_dilation(np.pad(large, radius), footprint=disk(radius))
+    ink = resized(ink, 20)
     centre = ndimage.center_of_mass(ink)
-    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, size, strict=True))
+    top, left = (min(max(round(14 - c), 0), 28 - n) for c, n in zip(centre, ink.shape, strict=True))
     digit = np.zeros((28, 28), np.uint8)
-    digit[top : top + size[0], left : left + size[1]] = (255 * ink / ink.max()).round()
+    digit[top : top + ink.shape[0], left : left + ink.shape[1]] = (255 * ink / ink.max()).round()
     return torch.from_numpy(digit).flatten()

@@ -1,58 +1,62 @@
-"""Draw a digit in the browser, and see after each stroke what each run makes of it.
+"""Draw a digit in the browser, and see while you draw what each run makes of it.
 
 python draw.py                         # the newest run below runs/, at http://127.0.0.1:8000
 python draw.py runs/mini_vit runs/vit  # these two, side by side
 
 draw.html is the page. It sends a drawing or a picture to /read, which finds the digits and asks
-each run. Only this machine gets an answer, unless --host lets others in. Nothing is stored.
+each run. Only this machine gets an answer, unless --host lets others in. Nothing is kept.
 """
 
 import argparse
+import base64
 import errno
 import io
 import ipaddress
-import json
+import logging
 import os
-import re
-import select
+import signal
 import socket
-import socketserver
 import sys
 import threading
+import time
 import webbrowser
-from collections.abc import Callable
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import AF_INET, AF_INET6
+from urllib.parse import urlsplit
 
+import psutil
 import torch
-from PIL import EpsImagePlugin
+import torch.nn.functional as F
+import waitress
+from flask import Flask, abort, request, send_file
+from PIL import Image
 from torch import Tensor
+from werkzeug.exceptions import HTTPException
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 import look
-from digits import Digit, read_digits
+from digits import Digit, NothingThere, doubt, open_picture, read_digits
 
 PAGE = Path(__file__).with_name("draw.html")
 MAX_BYTES = 20_000_000  # of a picture
-ANYWHERE = ("0.0.0.0", "::")  # a host that means all of this machine's addresses
-EpsImagePlugin.gs_binary = False  # or Pillow would run Ghostscript on what a client sends
-ATTENTION = "orange is where the class token looks (attention, rolled out over the blocks)"
-GRADIENT = "orange supports the answer, blue opposes it (gradient of its logit times the pixels)"
-
-
-class Refusal(Exception):
-    """An error response: a status code, and one line that says why."""
+MOST_DIGITS = 100  # of a picture
+PREVIEW = (960, 640)  # the most pixels that the page shows of a picture
+ATTENTION = "orange is where the class token looks"  # attention, rolled out over the blocks
+GRADIENT = "orange supports the answer, blue opposes it"  # gradient of its logit times the pixels
 
 
 # ---------------------------------------------------------------------------- what the runs see
 def load_runs(folders: list[Path], device: str) -> dict[str, look.Run]:
     """Return the runs in these folders by name, ready to answer fast."""
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = {}
     for name, folder in zip(names, folders, strict=True):
+        if not folder.is_dir():
+            look.fail(f"there is no folder {folder}")
         run = look.load_run(folder, None, device)
         run.model.requires_grad_(False)  # only pixels need a gradient
         # For a few images, casting all weights to bfloat16 takes longer than the matmuls.
@@ -86,220 +90,244 @@ def explain(run: look.Run, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach().softmax(-1), heat
 
 
-def find(picture: bytes) -> list[Digit]:
-    """Return the digits of a picture, of which there may be none."""
-    try:
-        return read_digits(io.BytesIO(picture))
-    except Exception as error:  # whatever Pillow raises
-        if "nothing in it" in str(error):
-            return []
-        unknown = type(error).__name__ == "UnidentifiedImageError"
-        reason = "save it as JPEG or PNG" if unknown else look.first_line(error)
-        raise Refusal(400, f"can't read this picture: {reason}") from None
+@torch.no_grad()
+def probabilities_of(run: look.Run, images: Tensor) -> Tensor:
+    """Return what a run makes of images (N, 784): probabilities (N, 10)."""
+    return run.model(images.to(run.device) / 255).softmax(-1)
 
 
-def ask(runs: dict[str, look.Run], digits: list[Digit]) -> list[dict]:
-    """Return what the page shows for each digit."""
-    shown = [{"box": d.box, "row": d.row, "pixels": d.pixels.tolist(), "runs": []} for d in digits]
+def fool(run: look.Run, images: Tensor, distance: float) -> Tensor:
+    """Return images (N, 784), each pixel moved by `distance` (white is 1) against the run's answer.
+
+    This is the fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572). What would be
+    darker than black or brighter than white is cut off: in training it is not.
+    """
+    pixels = (images.to(run.device) / 255).requires_grad_()
+    logits = run.model(pixels)
+    loss = F.cross_entropy(logits, logits.argmax(-1), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    moved = (pixels.detach() + distance * gradient.sign()).clamp(0, 1)
+    return (255 * moved).round()
+
+
+def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float | None) -> list[dict]:
+    """Return what the page shows for each digit; with a distance, also an image that fools."""
     if not digits:
         return []
+    shown = [{"box": d.box, "row": d.row, "pixels": d.pixels.tolist(), "runs": []} for d in digits]
     images = torch.stack([digit.pixels for digit in digits])
     for run in runs.values():
         probabilities, heat = explain(run, images)
         heat = (1000 * heat).round().int()  # thousandths: short in JSON
-        for digit, p, h in zip(shown, probabilities.tolist(), heat.tolist(), strict=True):
-            digit["runs"].append({"probabilities": p, "heat": h})
+        for digit, place, p, h in zip(digits, shown, probabilities.cpu(), heat, strict=True):
+            answer = {"probabilities": p.tolist(), "heat": h.tolist(), "doubt": doubt(digit, p)}
+            place["runs"].append(answer)
+        if distance is not None:
+            moved = fool(run, images, distance)
+            seen = torch.stack([probabilities_of(other, moved).cpu() for other in runs.values()], 1)
+            for place, pixels, of_runs in zip(shown, moved.int(), seen, strict=True):
+                fooled = {"pixels": pixels.tolist(), "runs": of_runs.tolist()}
+                place["runs"][-1]["fooled"] = fooled
     return shown
 
 
+def find(picture: io.BytesIO) -> list[Digit]:
+    """Return the digits of a picture, of which there may be none."""
+    try:
+        digits = read_digits(picture)
+    except NothingThere:
+        return []
+    except Exception as error:  # whatever Pillow raises
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        reason = "save it as JPEG or PNG" if unknown else look.first_line(error)
+        abort(400, f"can't read this picture: {reason}")
+    if len(digits) > MOST_DIGITS:
+        abort(400, f"there are {len(digits)} digits in it, and {MOST_DIGITS} are the most: crop it")
+    return digits
+
+
+def preview(picture: io.BytesIO) -> dict | None:
+    """Return a picture as it is read, for the page: browsers don't know all formats."""
+    try:
+        image = open_picture(picture)
+    except NothingThere:  # it has hardly any pixels
+        return None
+    width = image.width * image.info["scale"]  # boxes are in pixels of the file
+    note = image.info["note"]
+    image.thumbnail(PREVIEW)
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"url": url, "width": width, "note": note}
+
+
+def answer(
+    runs: dict[str, look.Run], picture: io.BytesIO, distance: float | None, with_preview: bool
+) -> dict:
+    """Return what the page shows of a picture, and whose answers these are."""
+    legends = [ATTENTION if has_patches(run) else GRADIENT for run in runs.values()]
+    names = [{"name": n, "legend": legend} for n, legend in zip(runs, legends, strict=True)]
+    digits = ask(runs, find(picture), distance)
+    return {"runs": names, "digits": digits, "preview": preview(picture) if with_preview else None}
+
+
 # ---------------------------------------------------------------------------- the server
-class Server(ThreadingHTTPServer):
-    """One thread per request, and a worker thread that does all the computing."""
+def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
+    """Return the page and what it asks for. It answers only to these names of this machine."""
+    app = Flask(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BYTES
+    # One thread computes, so that what a large picture has taken is used again for the next one,
+    # and on one core: with more, torch would wait for cores that a training run is using.
+    worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
-    allow_reuse_port = False
-    allow_reuse_address = sys.platform != "win32"  # there, two servers could have one port
+    @app.before_request
+    def refuse_other_sites() -> None:
+        # Another site can point its own name at this machine (DNS rebinding). Flask's own
+        # TRUSTED_HOSTS can't do this: it knows no IPv6 addresses.
+        if urlsplit(f"//{request.host}").hostname not in names:
+            abort(403, "this isn't this machine's name: use the address that draw.py has printed")
+        if request.origin not in (None, request.host_url.rstrip("/")):
+            abort(403, "requests from other sites' pages are refused")
 
-    def __init__(self, host: str, port: int, runs: dict[str, look.Run]):
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        super().__init__((host, port), Handler)
-        self.host = self.server_address[0]  # "0", too, means 0.0.0.0
-        self.names = {"localhost", "127.0.0.1", "[::1]", host, self.host, f"[{self.host}]"}
-        self.runs = runs
-        # One core is enough. With more, torch would wait for cores that a training run is using.
-        self.worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    @app.get("/")
+    def page():
+        return send_file(PAGE)
 
-    def server_bind(self) -> None:
-        """Bind as HTTPServer does, without asking for this machine's name, which may take long."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+    @app.post("/read")
+    def read():
+        distance = request.args.get("distance", type=float)
+        if distance is not None and not 0 <= distance <= 1:
+            abort(400, "a distance is from 0 to 1")
+        is_gone = request.environ["waitress.client_disconnected"]
+        stream = request.stream
+        with_preview = "preview" in request.args
 
-    def url(self, host: str) -> str:
-        """Return where a browser finds the page."""
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        def compute():
+            if is_gone():  # as the page is once something else is on the sheet
+                return ""
+            return answer(runs, io.BytesIO(stream.read()), distance, with_preview)
 
-    def is_own_name(self, name: str) -> bool:
-        """Return whether a Host header's name (IPv6 in brackets) can only mean this server.
+        return worker.submit(compute).result()
 
-        Another site can point its own name at this machine (DNS rebinding), but not an address.
-        """
-        if name in self.names:
-            return True
-        try:
-            return self.host in ANYWHERE and bool(ipaddress.ip_address(name.strip("[]")))
-        except ValueError:
-            return False
+    @app.post("/save")
+    def save():
+        """Return the labelled digits that the page sends as PNGs in folders 0 to 9."""
+        file = io.BytesIO()
+        now = time.strftime("%Y%m%d-%H%M%S")  # so that the next ZIP doesn't replace these
+        with zipfile.ZipFile(file, "w") as archive:
+            for i, (label, pixels) in enumerate(request.get_json(), 1):
+                with archive.open(f"{label:d}/{now}-{i}.png", "w") as png:
+                    Image.frombytes("L", (28, 28), bytes(pixels)).save(png, "PNG")
+        file.seek(0)
+        return send_file(file, as_attachment=True, download_name=f"digits-{now}.zip")
 
+    @app.errorhandler(HTTPException)
+    def in_one_line(error: HTTPException):
+        cause = getattr(error, "original_exception", None)  # the terminal gets its traceback
+        line = f"draw.py failed: {look.first_line(cause)}" if cause else error.description
+        return f"{line}\n", error.code, {"Content-Type": "text/plain; charset=utf-8"}
 
-class Handler(BaseHTTPRequestHandler):
-    timeout = 20  # seconds that a client may be silent
-
-    def do_GET(self) -> None:
-        self.respond(self.get)
-
-    def do_POST(self) -> None:
-        self.respond(self.post)
-
-    def respond(self, answer: Callable[[], tuple[str, bytes]]) -> None:
-        """Send the answer's type and content, or say in one line why there is none."""
-        try:
-            self.check_sender()
-            self.send(200, *answer())
-        except Refusal as refusal:
-            self.send_error(*refusal.args)
-        except (ConnectionError, TimeoutError):
-            pass  # the client has gone
-        except Exception as error:
-            self.send_error(500, f"draw.py failed: {look.first_line(error)}")
-            raise  # the terminal gets the traceback, and the server goes on
-
-    def check_sender(self) -> None:
-        """Refuse requests from other sites' pages, whatever host name they use."""
-        host = ", ".join(self.headers.get_all("Host", [])).lower()
-        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^][:/@\s]+)(:\d+)?", host)
-        if not match or not self.server.is_own_name(match[1]):
-            raise Refusal(403, f"this isn't {host!r}: use the address that draw.py has printed")
-        if self.headers.get("Origin", f"http://{host}").lower() != f"http://{host}":
-            raise Refusal(403, "requests from other sites' pages are refused")
-
-    def get(self) -> tuple[str, bytes]:
-        if self.path == "/":
-            return "text/html; charset=utf-8", PAGE.read_bytes()
-        if self.path != "/runs":
-            raise Refusal(404, "there is nothing here but the page, at /")
-        runs = []
-        for name, run in self.server.runs.items():
-            heat = ATTENTION if has_patches(run) else GRADIENT
-            runs.append({"name": name, "script": run.state["script"], "heat": heat})
-        return "application/json", json.dumps(runs).encode()
-
-    def post(self) -> tuple[str, bytes]:
-        if self.path != "/read":
-            raise Refusal(404, "pictures go to /read")
-        picture = self.body()
-        digits = self.compute(find, picture)
-        shown = self.compute(ask, self.server.runs, digits)
-        return "application/json", json.dumps(shown).encode()
-
-    def body(self) -> bytes:
-        """Return what the client sends."""
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise Refusal(411, "a picture needs a valid Content-Length header")
-        if int(length) > MAX_BYTES:
-            raise Refusal(413, f"a picture may be at most {MAX_BYTES // 10**6} MB")
-        content = self.rfile.read(int(length))
-        if len(content) < int(length):
-            raise ConnectionError("the client has gone")
-        return content
-
-    def compute(self, function: Callable, *arguments):
-        """Run a function in the worker and return its result; skip it if the client has gone."""
-
-        def unless_gone():
-            if self.is_gone():
-                raise ConnectionError("the client has gone")
-            return function(*arguments)
-
-        return self.server.worker.submit(unless_gone).result()
-
-    def is_gone(self) -> bool:
-        """Return whether the client has hung up, as the page does once there is a newer stroke."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def send(self, status: int, kind: str, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def send_error(self, code: int, message: str | None = None, explain=None) -> None:
-        """Send a status and one line; http.server calls this, too."""
-        line = message or self.responses[code][0]
-        try:
-            self.send(code, "text/plain; charset=utf-8", f"{line}\n".encode())
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)
-            for _ in range(1000):  # read what still comes, or a reset may discard the reply
-                if not self.connection.recv(1 << 16):
-                    break
-        except OSError:
-            pass  # the client has gone
-
-    def log_message(self, *arguments) -> None:
-        """Don't log requests."""
+    return app
 
 
-# ---------------------------------------------------------------------------- main
-def open_server(host: str, port: int, runs: dict[str, look.Run]) -> Server:
-    """Return a server at this port or, where that is taken, at the next free one."""
+def make_server(app: Flask, listener: socket.socket):
+    """Return waitress, set so that no client takes much memory or shuts out the others."""
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # a queue is nothing to report
+    return waitress.create_server(
+        app,
+        sockets=[listener],
+        threads=8,  # which wait for the one that computes, or send the page
+        connection_limit=connection_limit(),
+        asyncore_use_poll=True,  # select() fails above 1023 descriptors
+        channel_timeout=10,  # seconds that a client may be silent
+        cleanup_interval=1,
+        channel_request_lookahead=1,  # or waitress won't notice that a client has hung up
+        inbuf_overflow=2**16,  # bytes of a picture; what is more goes to a temporary file
+        recv_bytes=2**16,  # at once: each time, waitress looks at all clients
+        max_request_body_size=2 * MAX_BYTES,  # so that Flask says what is wrong
+    )
+
+
+def connection_limit() -> int:
+    """Return how many clients fit: each may need a descriptor, and one for a temporary file."""
+    if sys.platform == "win32":
+        return 400  # its select() takes 512
+    import resource
+
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(10, min(4000, descriptors - 50) // 2)
+
+
+# ---------------------------------------------------------------------------- addresses
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at this port or, where that is taken, at the next free one."""
+    family = AF_INET6 if ":" in host else AF_INET
+    both = family == AF_INET6 and socket.has_dualstack_ipv6()
     for candidate in range(port, min(port + 100, 65536)):
         try:
-            return Server(host, candidate, runs)
+            return socket.create_server((host, candidate), family=family, dualstack_ipv6=both)
         except OSError as error:
             reason = error.strerror
             if error.errno != errno.EADDRINUSE:
                 break
-    raise SystemExit(f"draw.py: error: can't listen on {host}, port {port}: {reason}")
+    look.fail(f"can't listen on {host}, port {port}: {reason}")
 
 
-def own_address() -> str:
-    """Return this machine's address in its network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+def own_addresses() -> list[str]:
+    """Return this machine's addresses, IPv4 first, and first of all that of its default route."""
+    cards = psutil.net_if_addrs().values()
+    addresses = [a.address for card in cards for a in card if a.family in (AF_INET, AF_INET6)]
+    with socket.socket(AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing, only asks for the route
+            first = probe.getsockname()[0]
         except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
+            first = ""
+    return sorted(addresses, key=lambda address: (address != first, ":" in address))
 
 
-def open_browser(url: str) -> None:
+def own_names(host: str) -> set[str]:
+    """Return all names and addresses that mean this machine, as in a Host header."""
+    name = socket.gethostname().lower()
+    return {host.lower(), "localhost", name, f"{name}.local", "127.0.0.1", "::1", *own_addresses()}
+
+
+def in_network(address: str) -> bool:
+    """Return whether other machines may reach this one at an address."""
+    ip = ipaddress.ip_address(address)
+    return not (ip.is_loopback or ip.is_link_local or ip.is_unspecified)
+
+
+def url(address: str, port: int) -> str:
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def welcome(listener: socket.socket, wanted: int) -> str:
+    """Say where the page is, and who else can see it; return its address for this machine."""
+    address, port = listener.getsockname()[:2]
+    ip = ipaddress.ip_address(address)
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    print(url(here, port) + (f" (port {wanted} is taken)" if wanted not in (0, port) else ""))
+    if not ip.is_loopback:
+        there = list(filter(in_network, own_addresses())) if ip.is_unspecified else [address]
+        at = f" at {url(there[0], port)}" if there else ""
+        print(f"Anyone on your network can draw, too,{at}: no password, no encryption.")
+        print("They see the runs' names and answers, but no files.")
+    print("Press Ctrl-C to stop.", flush=True)
+    return url(here, port)
+
+
+# ---------------------------------------------------------------------------- main
+def open_browser(address: str) -> None:
     """Open the page in a browser if there is a display."""
     has_windows = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if has_windows or sys.platform in ("darwin", "win32"):
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-
-
-def serve(server: Server, port: int, with_browser: bool) -> None:
-    """Say where the page is, and serve it until Ctrl-C."""
-    blank = Digit(torch.zeros(784, dtype=torch.uint8), (0, 0, 28, 28), 0)
-    server.worker.submit(ask, server.runs, [blank]).result()  # the first time takes longer
-    url = server.url("127.0.0.1" if server.host in ANYWHERE else server.host)
-    is_other = port not in (0, server.server_port)
-    print(f"{url} (port {port} is taken)" if is_other else url)
-    if server.host in ANYWHERE:
-        print(f"Anyone on your network can draw, too, at {server.url(own_address())}: no password,")
-        print("no encryption. They see the runs' names and answers, but no files.")
-    print("Press Ctrl-C to stop.", flush=True)
-    if with_browser:
-        open_browser(url)
-    server.serve_forever()
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    look.PROGRAM = "draw.py"  # errors begin with it
     description = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
@@ -312,12 +340,18 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.port < 65536:
         parser.error(f"--port must be from 0 to 65535, not {args.port}")
     folders = [Path(os.path.expanduser(folder)) for folder in args.runs] or [look.newest_run()]
-    try:
-        runs = load_runs(folders, args.device)
-        serve(open_server(args.host, args.port, runs), args.port, not args.no_browser)
-    except KeyboardInterrupt:
-        return 0
+    runs = load_runs(folders, args.device)
+    listener = listen(args.host, args.port)
+    blank = Digit(torch.zeros(784, dtype=torch.uint8), (0, 0, 28, 28), 0)
+    ask(runs, [blank], 0.1)  # the first time takes longer
+    server = make_server(make_app(runs, own_names(args.host)), listener)
+    address = welcome(listener, args.port)
+    if not args.no_browser:
+        open_browser(address)
+    server.run()
+    return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: nothing needs saving
     sys.exit(main())

@@ -6,6 +6,7 @@ python look.py photo.jpg drawing.png  # the newest run's three likeliest digits 
 python look.py runs/small photo.jpg   # that run's
 python look.py photo.jpg --show       # photo.digits.png: the digits that were found in it
 python look.py runs/small runs/large  # comparison.png: accuracy over the minutes of training
+python look.py runs/small my_digits   # accuracy on digits labelled and saved in draw.py
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 RUN_FILES = ("model.pt", "checkpoint.pt", "log.csv")
 FOUND = ".digits.png"  # how the names of pictures end that --show writes
+PROGRAM = "look.py"  # what errors begin with; draw.py puts its own name here
 
 
 # ---------------------------------------------------------------------------- runs
@@ -115,7 +117,7 @@ def is_run(folder: Path) -> bool:
 # ---------------------------------------------------------------------------- errors
 def fail(message: str) -> NoReturn:
     """End with one line on stderr and exit status 1."""
-    raise SystemExit(f"look.py: error: {message}")
+    raise SystemExit(f"{PROGRAM}: error: {message}")
 
 
 def first_line(error: Exception) -> str:
@@ -422,17 +424,19 @@ def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
         except Exception as error:  # Pillow raises many kinds
             status = say_unread(path, error)
             continue
-        for page in range(n_pages):
+        for page in range(min(n_pages, digits.MOST_PAGES)):
             name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
             try:
                 found = digits.read_digits(path, page)
-                say_digits(run, name, [digit.pixels for digit in found])
+                say_digits(run, name, found)
                 if show:
                     suffix = f"-{page + 1}" if n_pages > 1 else ""
-                    picture = draw_found(digits.in_rgb(digits.open_picture(path, page)), found)
+                    picture = draw_found(digits.open_picture(path, page), found)
                     print(save_found(picture, f"{path.stem}{suffix}{FOUND}", path, folder))
             except Exception as error:
                 status = say_unread(name, error)
+        if n_pages > digits.MOST_PAGES:
+            print(f"{path}: only the first {digits.MOST_PAGES} of {n_pages} pages were read")
     return status
 
 
@@ -444,25 +448,22 @@ def say_unread(name: str | Path, error: Exception) -> int:
     return 1
 
 
-def say_digits(run: Run, name: str, images: list[Tensor]) -> None:
-    """Print the number, if there are several digits, and each digit's three likeliest labels."""
-    logits = torch.cat([run.model(image[None].to(run.device)) for image in images])
+def say_digits(run: Run, name: str, found: list) -> None:
+    """Print what the run reads: the number, if there are several digits, and then each digit."""
+    import digits
+
+    logits = torch.cat([run.model(digit.pixels[None].to(run.device)) for digit in found])
     probabilities = logits.softmax(-1).cpu()
-    if len(images) > 1:
+    if found.note:
+        print(f"{name}   {found.note}")
+    if len(found) > 1:
         sureness, number = probabilities.max(-1)
         text = "".join(map(str, number.tolist()))
-        place = int(sureness.argmin())
-        least = f"least sure of {ordinal(place)}: {sureness[place]:.0%}".replace("%", " %")
-        print(f"{name}   {text}   {len(images)} digits, {least}")
-    for n, p in enumerate(probabilities, 1):
-        which = f", digit {n}" if len(images) > 1 else ""
-        print(f"{name}{which}   {likeliest(p)}")
-
-
-def ordinal(place: int) -> str:
-    """Return the English ordinal for a place, counted from 0."""
-    words = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-    return f"the {words[place]}" if place < len(words) else f"digit {place + 1}"
+        print(f"{name}   {text}   {len(found)} digits, all of them right: {sureness.prod():.1%}")
+    for n, (digit, p) in enumerate(zip(found, probabilities, strict=True), 1):
+        which = f", digit {n}" if len(found) > 1 else ""
+        doubt = digits.doubt(digit, p)
+        print(f"{name}{which}   {likeliest(p)}" + (f"   not sure: {doubt}" if doubt else ""))
 
 
 def draw_found(picture, found: list):
@@ -477,7 +478,7 @@ def draw_found(picture, found: list):
     sheet.paste(picture)
     pen = ImageDraw.Draw(sheet)
     for n, digit in enumerate(found):
-        left, top, right, bottom = digit.box
+        left, top, right, bottom = (side / picture.info["scale"] for side in digit.box)
         width = max(1, max(picture.size) // 300)
         pen.rectangle((left, top, right - 1, bottom - 1), outline="red", width=width)
         pen.text((left, max(0, top - 12)), str(n + 1), fill="red")
@@ -497,6 +498,44 @@ def save_found(sheet, name: str, path: Path, folder: Path) -> Path:
     except OSError:
         sheet.save(folder / name)
         return folder / name
+
+
+# ---------------------------------------------------------------------------- your handwriting
+def has_labels(folder: Path) -> bool:
+    """Return whether a folder holds labelled digits, as draw.py saves them: in folders 0 to 9."""
+    return any((folder / str(label)).is_dir() for label in range(10))
+
+
+def read_labelled(folder: Path) -> tuple[list[Path], Tensor, Tensor]:
+    """Return the files of labelled digits, their images (N, 784) uint8, and their labels (N,)."""
+    import numpy as np  # here, because report.png must not need Pillow
+    from PIL import Image
+
+    files = [path for n in range(10) for path in sorted((folder / str(n)).glob("*.png"))]
+    if not files:
+        fail(f"{folder} holds no PNG in its folders 0 to 9")
+    images = []
+    for path in files:
+        try:
+            pixels = np.array(Image.open(path, formats=["PNG"]).convert("L"))
+        except Exception as error:  # Pillow raises many kinds
+            fail(f"can't read {path}: {first_line(error)}")
+        if pixels.shape != (28, 28):
+            fail(f"{path} is not 28 x 28 pixels, white on black: draw.py saves such digits")
+        images.append(torch.from_numpy(pixels).flatten())
+    return files, torch.stack(images), torch.tensor([int(path.parent.name) for path in files])
+
+
+def measure_handwriting(run: Run, folder: Path, labelled: Path) -> None:
+    """Print a run's accuracy on labelled digits, and each mistake."""
+    files, images, labels = read_labelled(labelled)
+    answers = [run.model(some.to(run.device)).argmax(-1).cpu() for some in images.split(100)]
+    answers = torch.cat(answers)
+    right = answers == labels
+    accuracy = right.double().mean()
+    print(f"{folder} on {labelled}: {accuracy:.2%} ({right.sum()} of {len(labels)})")
+    for n in (~right).nonzero().flatten().tolist():
+        print(f"    {files[n]}: {answers[n]}")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -545,6 +584,12 @@ def main(argv: list[str] | None = None) -> int:
     runs = list(itertools.takewhile(is_run, args.paths))
     if len(runs) > 1 and len(runs) == len(args.paths):
         compare(runs)
+        return 0
+    labelled = args.paths[len(runs) :]
+    if len(labelled) == 1 and has_labels(labelled[0]):
+        for folder in runs or [newest_run()]:
+            run = load_run(folder, args.data_dir, args.device)
+            measure_handwriting(run, folder, labelled[0])
         return 0
     paths = args.paths[1:] if runs else args.paths
     if any(map(is_run, paths)):

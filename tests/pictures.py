@@ -3,17 +3,21 @@
 import random
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 from scipy import ndimage
+from skimage.morphology import skeletonize
 
 PAPER, PEN = np.float32([0.9, 0.86, 0.75]), np.float32([0.16, 0.2, 0.5])
 KINDS = (
     "plain inverted as_mnist tiny transparent cropped photograph noisy thick chalkboard "
     "cmyk lab gray16 float one_bit palette webp gif avif frame1 frame20 box desk desk_turned "
     "desk_partly vignette shadow specks ruled ruled_tilted squared baseline "
-    "ballpoint ballpoint_photo pencil dashed"
+    "ballpoint ballpoint_photo pencil fine finest dashed "
+    "cut_1 cut_2 cut_3 cut_4 line_beside corner_beside seen_through"
 ).split()
-CHANCY = "cropped dashed tiny pencil desk_turned shadow".split()  # where a person, too, may err
+STORED = (
+    "plain inverted transparent chalkboard cmyk lab gray16 float one_bit palette webp gif avif"
+).split()
 
 
 def enlarged(digit: np.ndarray, size: int) -> np.ndarray:
@@ -35,10 +39,8 @@ def placed(ink: np.ndarray, rng: random.Random, most: int = 200) -> np.ndarray:
 
 def thinned(digit: np.ndarray, size: int, width: int) -> np.ndarray:
     """Return a digit's middle lines, drawn by a pen so many pixels wide."""
-    distance = ndimage.distance_transform_edt(enlarged(digit, size) > 0.5)
-    ridge = (distance >= ndimage.maximum_filter(distance, 3) - 0.5) & (distance > 0)
-    ridge = ndimage.binary_closing(ridge, iterations=3)
-    return ndimage.binary_dilation(ridge, iterations=max(1, width // 2)).astype(np.float32)
+    distance = ndimage.distance_transform_edt(~skeletonize(enlarged(digit, size) > 0.5))
+    return (distance <= width / 2).astype(np.float32)
 
 
 def on_paper(ink: np.ndarray, paper=PAPER, pen=PEN) -> np.ndarray:
@@ -76,8 +78,44 @@ def lines(shape: tuple, kind: str, rng: random.Random) -> np.ndarray:
     return there | (x % step < width) if kind == "squared" else there
 
 
+def cut_off(page: np.ndarray, ink: np.ndarray, n_sides: int, rng: random.Random) -> np.ndarray:
+    """Return a page from which so many sides are cut, with a little of the digit."""
+    rows, columns = (ink > 0.5).any(1).nonzero()[0], (ink > 0.5).any(0).nonzero()[0]
+    smaller = min(np.ptp(rows), np.ptp(columns))
+    lost = [round(rng.uniform(0, 0.06) * smaller) for _ in range(4)]
+    top, bottom = rows[0] + lost[0], rows[-1] + 1 - lost[1]
+    left, right = columns[0] + lost[2], columns[-1] + 1 - lost[3]
+    sides = rng.sample(["top", "bottom", "left", "right"], n_sides)
+    top = top if "top" in sides else 0
+    left = left if "left" in sides else 0
+    bottom = bottom if "bottom" in sides else len(ink)
+    right = right if "right" in sides else ink.shape[1]
+    return page[top:bottom, left:right]
+
+
+def with_lines_beside(page: np.ndarray, ink: np.ndarray, kind: str, rng: random.Random):
+    """Return a page with a printed line at the left of the digit, or with a cell's corner."""
+    rows, columns = (ink > 0.5).any(1).nonzero()[0], (ink > 0.5).any(0).nonzero()[0]
+    away = round(rng.uniform(0.15, 0.3) * np.ptp(rows))
+    width = rng.randint(2, 4)
+    x = max(2, columns[0] - away)
+    y = max(2, rows[0] - away)
+    page = page.copy()
+    if kind == "line_beside":
+        y = 0
+    else:
+        page[y : y + width, x:] = 0.2
+    page[y:, x : x + width] = 0.2
+    return page
+
+
 def draw_thin(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
     """Return a digit drawn by a thin pen: in a large picture, or dashed."""
+    if kind in ("fine", "finest"):  # a pen of 1/100 or 1/300 of the picture
+        size = 450
+        ink = placed(thinned(digit, size, 9 if kind == "fine" else 3), rng, 700 - size)
+        light = np.linspace(0.8, 1, ink.shape[1], dtype=np.float32)[None, :, None]
+        return picture(on_paper(ink) * light + grain(ink.shape, 0.01, rng))
     if kind == "dashed":
         y, x = np.mgrid[:200, :200]
         return picture(on_paper(placed(thinned(digit, 200, 8) * ((y + 0.7 * x) % 28 > 8), rng)))
@@ -109,6 +147,13 @@ def draw_marked(page: np.ndarray, ink: np.ndarray, kind: str, rng: random.Random
         on_line = lines(ink.shape, kind, rng)[..., None]
         paper = np.where(on_line, np.float32([0.45, 0.55, 0.8]), 0.92)
         page = on_paper(ink, paper, (0.15, 0.15, 0.3)) + grain(ink.shape, 0.008, rng)
+    if kind == "seen_through":  # the squares of the sheet below
+        paper = np.where(lines(ink.shape, "squared", rng)[..., None], 0.82, 0.9)
+        page = on_paper(ink, paper, PEN) + grain(ink.shape, 0.008, rng)
+    if kind.startswith("cut_"):
+        page = cut_off(page, ink, int(kind[-1]), rng)
+    if kind.endswith("_beside"):
+        page = with_lines_beside(page, ink, kind, rng)
     return page
 
 
@@ -151,7 +196,7 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
     """Return a digit (28, 28) uint8 in a picture of this kind."""
     if kind == "as_mnist":
         return Image.fromarray(255 - digit)
-    if kind in ("ballpoint", "ballpoint_photo", "pencil", "dashed"):
+    if kind in ("ballpoint", "ballpoint_photo", "pencil", "fine", "finest", "dashed"):
         return draw_thin(digit, kind, rng)
     size = rng.randint(20, 40) if kind == "tiny" else rng.randint(120, 300)
     ink = enlarged(digit, size)
@@ -169,14 +214,16 @@ def draw(digit: np.ndarray, kind: str, rng: random.Random) -> Image.Image:
         return picture(draw_lit(page, kind, rng))
     if kind in ("tiny", "thick"):
         return picture(page)
-    marked = ("frame1", "frame20", "box", "specks", "baseline", "ruled", "ruled_tilted", "squared")
-    return picture(draw_marked(page, ink, kind, rng)) if kind in marked else draw_stored(ink, kind)
+    if kind in STORED:
+        return draw_stored(ink, kind)
+    return picture(draw_marked(page, ink, kind, rng))
 
 
 # ---------------------------------------------------------------------------- numbers
 NUMBERS = (
     "two_digits row long_row wide_gaps thin_pen thick_pen slanted heights rising "
-    "two_rows three_rows rising_rows column telephone date cells circled underlined coloured"
+    "two_rows three_rows rising_rows column telephone date cells circled underlined coloured "
+    "unequal close form table"
 ).split()
 LENGTHS = {  # the fewest and the most digits in a line; (2, 8) for kinds not listed
     "two_digits": (2, 2),
@@ -188,6 +235,8 @@ LENGTHS = {  # the fewest and the most digits in a line; (2, 8) for kinds not li
     "circled": (1, 1),
     "underlined": (1, 1),
     "coloured": (1, 1),
+    "form": (2, 6),
+    "table": (1, 4),
 }
 INK_AND_PAPER = {  # of equal brightness: what a person tells apart by colour alone
     "red on green": ((0.96, 0.57, 0.53), (0.56, 0.8, 0.57)),
@@ -255,9 +304,10 @@ def write_line(digits: list[np.ndarray], kind: str, height: int, rng: random.Ran
     for n, digit in enumerate(digits):
         if (kind == "telephone" and n in (3, 6)) or (kind == "date" and n in (2, 4)):
             glyphs.append(sign(height, kind))
-        factor = rng.uniform(0.7, 1.1) if kind == "heights" else 1
+        least, most = {"heights": (0.7, 1.1), "unequal": (0.45, 1)}.get(kind, (1, 1))
+        factor = rng.uniform(least, most)
         glyphs.append(glyph(digit, round(factor * height), kind, slant))
-    least, most = (0.5, 1.5) if kind == "wide_gaps" else (0.15, 0.5)
+    least, most = {"wide_gaps": (0.5, 1.5), "close": (0.04, 0.08)}.get(kind, (0.15, 0.5))
     if kind in ("slanted", "telephone", "date"):
         least = 0.3
     gaps = [round(height * rng.uniform(least, most)) for _ in glyphs[1:]]
@@ -283,6 +333,38 @@ def around(ink: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
     return ink
 
 
+def in_form(inks: list[np.ndarray], rng: random.Random) -> np.ndarray:
+    """Return digits' ink in a form's row of cells, whose walls they share."""
+    side = max(max(ink.shape) for ink in inks)
+    side += round(rng.uniform(0.3, 0.6) * side)
+    width = rng.randint(2, 4)
+    cells = []
+    for ink in inks:
+        cell = np.zeros((side, side), np.float32)
+        top = rng.randint(width + 4, side - len(ink) - width - 4)
+        left = (side - ink.shape[1]) // 2
+        cell[top : top + len(ink), left : left + ink.shape[1]] = ink
+        cell[:, :width] = cell[:width] = cell[-width:] = 1
+        cells.append(cell)
+    form = np.concatenate(cells, 1)
+    form[:, -width:] = 1
+    return form
+
+
+def in_table(ink: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Return a number's ink in one cell of a printed table that goes on beyond the picture."""
+    above, below, left, right = (round(rng.uniform(0.15, 0.4) * len(ink)) for _ in range(4))
+    cell = np.pad(ink, ((above, below), (left, right)))
+    height, length = cell.shape
+    table = np.pad(cell, ((height // 2, height // 3), (length // 3, height // 3)))
+    width = rng.randint(2, 4)
+    for y in (height // 2, height // 2 + height):
+        table[y : y + width] = 1
+    for x in (length // 3, length // 3 + length):
+        table[:, x : x + width] = 1
+    return table
+
+
 def draw_number(
     images: np.ndarray, kind: str, rng: random.Random
 ) -> tuple[Image.Image, list[list[int]]]:
@@ -302,10 +384,12 @@ def draw_number(
     elif kind in ("cells", "circled", "underlined"):
         inks = [around(glyph(digit, height, kind, 0), kind, rng) for digit in written[0]]
         ink = in_line(inks, [rng.randint(10, 40) for _ in inks[1:]], 0)
+    elif kind == "form":
+        ink = in_form([glyph(digit, height, kind, 0) for digit in written[0]], rng)
     else:
         inks = [write_line(digits, kind, height, rng) for digits in written]
         ink = below(inks, round(height * rng.uniform(0.3, 0.8)))
-    ink = np.pad(ink, rng.randint(30, 80))
+    ink = in_table(ink, rng) if kind == "table" else np.pad(ink, rng.randint(30, 80))
     pen, paper = rng.choice(list(INK_AND_PAPER.values())) if kind == "coloured" else (PEN, PAPER)
     page = on_paper(ink, np.float32(paper), pen)
     return picture(draw_lit(page, "photograph", rng)), chosen
@@ -343,4 +427,25 @@ BLANK = {
     "ruled": lambda: blank(lambda x, y: 0.9 - 0.4 * ruled(y * 150)),
     "squared": lambda: blank(lambda x, y: 0.9 - 0.4 * (ruled(y * 150) | ruled(x * 200))),
     "framed": lambda: blank(lambda x, y: np.where((abs(x) > 0.95) | (abs(y) > 0.95), 0.1, 0.9)),
+}
+
+
+def sheet_with(draw) -> Image.Image:
+    """Return a blank sheet on which something is drawn by a function of ImageDraw's pen."""
+    sheet = Image.new("L", (400, 300), 230)
+    draw(ImageDraw.Draw(sheet))
+    return sheet
+
+
+def scribble(pen: ImageDraw.ImageDraw) -> None:
+    rng = random.Random(1)
+    pen.line([(rng.randint(100, 300), rng.randint(50, 250)) for _ in range(30)], 20, 5)
+
+
+SHAPES = {
+    "block": lambda: sheet_with(lambda pen: pen.rectangle((150, 100, 230, 180), 20)),
+    "disk": lambda: sheet_with(lambda pen: pen.ellipse((150, 100, 230, 180), 20)),
+    "dot": lambda: sheet_with(lambda pen: pen.ellipse((196, 146, 204, 154), 20)),
+    "line": lambda: sheet_with(lambda pen: pen.line((100, 170, 300, 130), 20, 5)),
+    "scribble": lambda: sheet_with(scribble),
 }

@@ -1,39 +1,43 @@
 """digits.py finds digits in pictures of any kind, and says where they stand."""
 
-import contextlib
 import io
 import random
-import struct
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from pictures import BLANK, CHANCY, KINDS, NUMBERS, draw, draw_number, in_shadow
+from conftest import ROOT
+from pictures import BLANK, KINDS, NUMBERS, SHAPES, draw, draw_number, in_shadow
 from PIL import Image
 
 import digits
 import mini_vit
 
 FILES = {"cmyk": "tif", "lab": "tif", "float": "tif", "webp": "webp", "gif": "gif", "avif": "avif"}
+LEAST = {"dashed": 15, "cut_4": 16}  # of 20; 18 of the others
 
 
 @pytest.fixture(scope="module")
 def trained():
     """A model that knows real digits, and test images that it is sure of, with their labels."""
-    config = mini_vit.Config(
-        n_layers=1, n_head=8, d_head=32, n_embd=256, max_iters=600, device="cpu", dropout=0
-    )
-    images, labels, test_images, test_labels = mini_vit.load_mnist(config)
-    trainer = mini_vit.Trainer(config, torch.device("cpu"))
-    for step in range(1, config.max_iters + 1):
-        trainer.set_schedules(step)
-        indices = mini_vit.batch_indices(step, len(images), config)
-        trainer.train_on(images[indices], labels[indices])
+    torch.manual_seed(1)
+    images, labels, test_images, test_labels = mini_vit.load_mnist(mini_vit.Config(device="cpu"))
+    layers = torch.nn.Linear(784, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10)
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for chosen in torch.randperm(len(images)).split(150):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images[chosen] / 255), labels[chosen])
+        loss.backward()
+        optimizer.step()
     with torch.no_grad():
-        probabilities, predicted = trainer.model.eval()(test_images[:2000]).softmax(-1).max(-1)
+        probabilities, predicted = model(test_images[:2000] / 255).softmax(-1).max(-1)
     sure = (predicted == test_labels[:2000]) & (probabilities > 0.99)
     images = test_images[:2000][sure].view(-1, 28, 28).numpy()
-    return trainer.model, images, test_labels[:2000][sure].tolist()
+    return model, images, test_labels[:2000][sure].tolist()
 
 
 def save(picture: Image.Image, path) -> str:
@@ -42,89 +46,183 @@ def save(picture: Image.Image, path) -> str:
     return str(path)
 
 
+def in_bytes(picture: Image.Image, format: str, **options) -> bytes:
+    """Return the content of an image file."""
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+@torch.no_grad()
 def recognize(model, found: list[digits.Digit]) -> list[int]:
     """Return what the model takes digits for."""
-    with torch.no_grad():
-        return [model(digit.pixels[None]).argmax(-1).item() for digit in found]
+    return [model(digit.pixels / 255).argmax().item() for digit in found]
 
 
 def read(model, picture: Image.Image, path) -> list[int]:
     """Return the digits that the model finds in a picture that is saved and opened again."""
-    return recognize(model, digits.read_digits(save(picture, path)))
+    try:
+        return recognize(model, digits.read_digits(save(picture, path)))
+    except digits.NothingThere:
+        return []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_digit_is_read_from_any_kind_of_picture(kind, trained, tmp_path):
+def count_right(kind: str, n: int, trained, tmp_path) -> int:
+    """Return how many of n pictures of a kind are read right, all digits of each."""
     model, images, labels = trained
-    rng, suffix = random.Random(kind), FILES.get(kind, "png")
+    rng = random.Random(kind)
+    path = tmp_path / f"picture.{FILES.get(kind, 'png')}"
     right = 0
-    for image, label in zip(images[:20], labels[:20], strict=True):
-        with contextlib.suppress(ValueError):
-            right += read(model, draw(image, kind, rng), tmp_path / f"digit.{suffix}") == [label]
-    assert right >= (18 if kind in CHANCY else 19)
+    for _ in range(n):
+        if kind in NUMBERS:
+            picture, lines = draw_number(images, kind, rng)
+        else:
+            lines = [[rng.randrange(len(images))]]
+            picture = draw(images[lines[0][0]], kind, rng)
+        right += read(model, picture, path) == [labels[i] for line in lines for i in line]
+    return right
+
+
+def test_digits_are_read_from_any_kind_of_picture(trained, tmp_path):
+    right = {kind: count_right(kind, 1, trained, tmp_path) for kind in KINDS}
+    assert sum(right.values()) >= len(KINDS) - 3, right
+
+
+def test_numbers_are_read_digit_by_digit(trained, tmp_path):
+    right = {kind: count_right(kind, 1, trained, tmp_path) for kind in NUMBERS}
+    assert sum(right.values()) >= len(NUMBERS) - 2, right
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/cases").iterdir()), ids=lambda p: p.stem)
+def test_a_picture_that_was_misread_once(path, trained):
+    """Its name begins with the digits in it."""
+    found = digits.read_digits(path)
+    number = path.stem.partition("_")[0]
+    assert len(found) == len(number)
+    read = "".join(map(str, recognize(trained[0], found)))
+    assert sum(a != b for a, b in zip(read, number, strict=True)) <= len(number) // 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", NUMBERS)
-def test_a_number_is_read_digit_by_digit(kind, trained, tmp_path):
-    model, images, labels = trained
-    rng, right, counted = random.Random(kind), 0, 0
-    for _ in range(20):
-        picture, lines = draw_number(images, kind, rng)
+@pytest.mark.parametrize("kind", [*KINDS, *NUMBERS])
+def test_most_pictures_of_a_kind_are_read(kind, trained, tmp_path):
+    assert count_right(kind, 20, trained, tmp_path) >= LEAST.get(kind, 18)
+
+
+@pytest.mark.slow
+def test_rows_are_told_apart(trained, tmp_path):
+    rng = random.Random(1)
+    for kind in ("two_rows", "three_rows", "rising_rows", "column", "row") * 4:
+        picture, lines = draw_number(trained[1], kind, rng)
         found = digits.read_digits(save(picture, tmp_path / "number.png"))
-        rows = [row for row, line in enumerate(lines) for _ in line]
-        counted += [digit.row for digit in found] == rows
-        right += recognize(model, found) == [labels[i] for line in lines for i in line]
-    assert counted == 20
-    assert right >= (19 if kind == "two_digits" else 18)
+        assert [digit.row for digit in found] == [n for n, line in enumerate(lines) for _ in line]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_what_has_no_digit_s_shape_is_none(kind, tmp_path):
+    with pytest.raises(digits.NothingThere, match="no digit in it"):
+        digits.read_digits(save(SHAPES[kind](), tmp_path / "shape.png"))
 
 
 @pytest.mark.parametrize("kind", BLANK)
 def test_there_is_nothing_in_a_blank_sheet(kind, tmp_path):
-    with pytest.raises(ValueError, match="nothing in it"):
+    with pytest.raises(digits.NothingThere):
         digits.read_digits(save(BLANK[kind](), tmp_path / "blank.png"))
 
 
 @pytest.mark.slow
 def test_a_shadow_on_a_blank_sheet_is_nothing(tmp_path):
     rng, nothing = random.Random(1), 0
-    for _ in range(60):
+    for _ in range(120):
         path = save(in_shadow(rng), tmp_path / "shadow.png")
         try:
             digits.read_digits(path)
-        except ValueError:
+        except digits.NothingThere:
             nothing += 1
-    assert nothing == 60
+    assert nothing == 120
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (1, 300), (300, 3)])
 def test_there_is_nothing_in_a_picture_of_a_few_pixels(size, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 255, size[::-1], np.uint8)
-    with pytest.raises(ValueError, match="nothing in it"):
+    with pytest.raises(digits.NothingThere, match="nothing in it"):
         digits.read_digits(save(Image.fromarray(pixels), tmp_path / "few.png"))
 
 
 def test_a_huge_picture_is_to_be_made_smaller(tmp_path):
-    path = save(Image.new("1", (20_000, 20_000)), tmp_path / "huge.png")
+    path = save(Image.new("1", (16_000, 16_000)), tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"too many pixels: make it smaller"):
         digits.read_digits(path)
 
 
-def test_neither_an_icon_nor_a_later_page_hides_a_huge_picture(monkeypatch, tmp_path):
-    monkeypatch.setattr(digits, "MOST_PIXELS", 10_000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
-    inside = io.BytesIO()
-    Image.new("1", (300, 300)).save(inside, "PNG")
-    inside = inside.getvalue()
-    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
-    for count_or_read in (digits.count_pages, digits.read_digits):
-        with pytest.raises(ValueError, match="too many pixels"):
-            count_or_read(io.BytesIO(icon))
+def test_no_later_page_hides_a_huge_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(digits, "MOST_MEMORY", 100_000)
     pages = [Image.new("L", (20, 20)), Image.new("L", (300, 300))]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(digits.NothingThere):
+        digits.read_digits(tmp_path / "pages.tif")
     with pytest.raises(ValueError, match="too many pixels"):
         digits.read_digits(tmp_path / "pages.tif", 1)
+
+
+@pytest.mark.parametrize(
+    "header", ["P5 {} {} 65535", "P5 {} {} 255", "Pf {} {} -1.0", "P6 {} {} 255"]
+)
+@pytest.mark.parametrize("side", [13_000, 14_000])
+def test_a_few_bytes_that_claim_a_huge_picture_are_refused_at_once(header, side):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="pixels"):
+        digits.read_digits(io.BytesIO(f"{header.format(side, side)}\n...............".encode()))
+    assert time.perf_counter() - start < 1
+
+
+def many_scans(side: int, n: int) -> bytes:
+    """Return a JPEG whose last scan is there n times more."""
+    whole = in_bytes(Image.new("L", (side, side), 200), "JPEG", progressive=True)
+    scan = whole[whole.rfind(b"\xff\xda") : -2]
+    return whole[:-2] + n * scan + whole[-2:]
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused():
+    with pytest.raises(ValueError, match="1006 scans"):
+        digits.read_digits(io.BytesIO(many_scans(500, 1000)))
+    with pytest.raises(digits.NothingThere):  # six are usual
+        digits.read_digits(io.BytesIO(many_scans(500, 0)))
+
+
+def test_only_formats_of_the_list_are_opened(tmp_path):
+    Image.new("L", (50, 50)).save(tmp_path / "icon.ico")
+    with pytest.raises(Image.UnidentifiedImageError):
+        digits.read_digits(tmp_path / "icon.ico")
+
+
+MEASURE = """
+import resource, sys
+import digits
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+digits.open_picture(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, ru_maxrss has other units")
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "F", "jpg"])
+def test_a_picture_takes_at_most_five_bytes_a_pixel(mode, tmp_path):
+    """This includes what was drawn from it, and Pillow's plugins."""
+    side = 7000
+    if mode == "jpg":
+        path = tmp_path / "large.jpg"
+        Image.effect_noise((side, side), 50).convert("RGB").save(path)
+    else:
+        path = tmp_path / ("large.tif" if mode in ("CMYK", "F") else "large.png")
+        image = Image.new(mode, (side, side))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(path, **({"exif": exif, "compress_level": 1} if path.suffix == ".png" else {}))
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(out) * 1024 < (1 if mode == "jpg" else 5) * side**2 + 20e6
 
 
 def test_a_camera_s_preview_is_no_page(tmp_path):
@@ -188,16 +286,44 @@ def test_each_page_is_read(suffix, trained, tmp_path):
     assert digits.count_pages(tmp_path / "one.png") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [2, 200, 0.2])
-def test_a_jpeg_that_lacks_its_last_bytes_is_read(lost, trained, tmp_path):
-    """Bytes or, below 1, a share of the file."""
+@pytest.mark.parametrize("lost", [2, 0.25])
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_file_that_lacks_its_end_is_read_as_far_as_it_goes(format, lost, trained):
+    """The digit is in a noisy photograph's upper half; `lost` is bytes or else a share of them."""
     model, images, labels = trained
-    file = io.BytesIO()
-    draw(images[1], "photograph", random.Random(1)).save(file, "JPEG")
-    whole = file.getvalue()
+    page = np.random.default_rng(1).integers(200, 215, (400, 300, 3), np.uint8)
+    page[30:170, 80:220] -= (np.kron(images[1], np.ones((5, 5))) / 2).astype(np.uint8)[..., None]
+    whole = in_bytes(Image.fromarray(page), format)
+    if format == "PNG":
+        lost = lost if lost < 1 else 30  # an empty chunk ends the file
     part = whole[: -lost if lost >= 1 else -round(lost * len(whole))]
-    assert recognize(model, digits.read_digits(io.BytesIO(part))) == [labels[1]]
+    found = digits.read_digits(io.BytesIO(part))
+    assert recognize(model, found) == [labels[1]]
+    if lost < 1:
+        missing = int(found.note.removeprefix("its last ").removesuffix(" % is missing"))
+        assert abs(missing - 25) < 10
+    else:
+        assert "missing" in found.note
+    assert digits.read_digits(io.BytesIO(whole)).note == ""
+
+
+def test_why_a_reading_is_not_sure(tmp_path):
+    def with_lines(*lines):
+        page = np.full((300, 300), 230, np.uint8)
+        for top, left, bottom, right in lines:
+            page[top:bottom, left:right] = 20
+        (digit,) = digits.read_digits(save(Image.fromarray(page), tmp_path / "lines.png"))
+        return digit
+
+    sure = torch.zeros(10)
+    sure[1] = 1
+    assert digits.doubt(with_lines((50, 140, 250, 160)), sure) == ""
+    assert digits.doubt(with_lines((50, 148, 250, 152)), sure) == "may be a line"
+    plus = with_lines((100, 142, 200, 158), (142, 100, 158, 200))
+    assert digits.doubt(plus, sure) == "may be a plus"
+    unsure = torch.tensor([0, 0.7, 0, 0, 0.05, 0, 0, 0.2, 0.05, 0])
+    blank = digits.Digit(torch.zeros(784, dtype=torch.uint8), (0, 0, 28, 28), 0)
+    assert digits.doubt(blank, unsure) == "may also be a 7"
 
 
 @pytest.mark.slow

@@ -413,3 +413,48 @@ def test_files_that_are_no_image_do_not_stop_the_others(finished, tmp_path):
     assert "missing.jpg" in missing
     assert "nothing in it" in blank
     assert result.stdout.splitlines()[1].startswith("d\\udcffgit.png   ")
+
+
+def two_strokes(path: Path, **options) -> None:
+    """Draw two strokes side by side."""
+    pixels = np.full((60, 100), 230, np.uint8)
+    pixels[12:48, 28:32] = pixels[12:48, 68:72] = 20
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_a_number_comes_with_how_sure_all_of_it_is(finished, tmp_path, capfd):
+    two_strokes(tmp_path / "eleven.png")
+    assert look.main(["--device", "cpu", "eleven.png"]) == 0
+    _, number, first, second = capfd.readouterr().out.splitlines()
+    shares = [line.split("%")[0].split()[-1] for line in (number.split(": ")[1], first, second)]
+    all_of_it, *each = (float(share) / 100 for share in shares)
+    assert "2 digits" in number
+    assert abs(all_of_it - each[0] * each[1]) < 0.002
+
+
+def test_a_reading_that_is_not_sure_says_so(finished, tmp_path, capfd):
+    """A model of a few steps isn't sure of anything."""
+    picture_of_a_one(tmp_path / "one.png")
+    assert look.main(["--device", "cpu", "one.png"]) == 0
+    _, line = capfd.readouterr().out.splitlines()
+    assert "not sure: " in line and "may also be a" in line
+
+
+def test_of_many_pages_the_first_are_read(finished, tmp_path, capfd):
+    two_strokes(tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as page:
+        frames = [page.point(lambda p, n=n: p - n) for n in range(25)]
+    frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
+    assert look.main(["--device", "cpu", "many.gif"]) == 0
+    out = capfd.readouterr().out
+    assert "page 20 of 25   " in out and "page 21 of 25" not in out
+    assert out.splitlines()[-1] == "many.gif: only the first 20 of 25 pages were read"
+
+
+def test_what_is_missing_of_a_file_is_said(finished, tmp_path, capfd):
+    two_strokes(tmp_path / "cut.jpg", quality=95)
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: -len(whole) // 5])
+    assert look.main(["--device", "cpu", "cut.jpg"]) == 0
+    line = capfd.readouterr().out.splitlines()[1]
+    assert line.startswith("cut.jpg   its last ") and line.endswith(" % is missing")
