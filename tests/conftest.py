@@ -1,10 +1,11 @@
 """What the tests share: the scripts as modules, ways to run them, and what they wrote."""
 
 import csv
+import functools
+import gzip
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ import torch
 
 # In the background or under nohup these are ignored, and processes the tests start inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+gzip.decompress = functools.lru_cache(gzip.decompress)  # hundreds of runs read the same archives
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("mini_vit", "mini_vit_concat", "mini_vit_augment", "vit")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,18 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # A model and a run of seconds; the concat model can't be narrower than the image.
 SHAPES = {name: {"n_layers": 2, "n_head": 4, "d_head": 14, "n_embd": 56} for name in SCRIPTS}
 SHAPES["mini_vit"] |= {"first_layers": 1, "growth": 4.0}  # so that a block joins
-SHAPES |= {"mini_vit_concat": {"n_layers": 1, "n_head": 80, "d_head": 10, "n_embd": 800}}
-SHAPES |= {"vit": {"n_layers": 2, "n_head": 2, "n_embd": 32, "patch_size": 7}}
+SHAPES["mini_vit_concat"] = {"n_layers": 1, "n_head": 80, "d_head": 10, "n_embd": 800}
+SHAPES["vit"] = {"n_layers": 2, "n_head": 2, "n_embd": 32, "patch_size": 7}
 TINY = {
     name: [f"--{field}={value}" for field, value in shape.items()] for name, shape in SHAPES.items()
 }
-STILL = [
-    f"--{strength}=0" for strength in ("rotation", "scaling", "shear", "translation", "elastic")
-]
 SHORT = "--subset 512 --batch_size 64 --max_iters 24 --eval_interval 8 --warmup_iters 4".split()
 SHORT += ["--device", "cpu"]
-SAVE_OFTEN = {"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}
-LONG = [*SHORT, "--max_iters", "60", "--eval_interval", "20"]
+STILL = "--rotation 0 --scaling 0 --shear 0 --translation 0 --elastic 0".split()
+SAVE_OFTEN = {"SAVE_SECONDS = 60": "SAVE_SECONDS = 0", "50 * (last_save": "0 * (last_save"}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -52,70 +50,69 @@ def module(script):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Run a script in this process: main(script, *flags, status=0, save_seconds=300)."""
+    """Run a script in this process and in tmp_path: main(script, *flags, status=0)."""
     monkeypatch.chdir(tmp_path)
 
-    def main(script, *flags, status=0, save_seconds=300):
+    def main(script, *flags, status=0):
         module = importlib.import_module(script)
-        monkeypatch.setattr(module, "SAVE_SECONDS", save_seconds, raising=False)
         capfd.readouterr()
+        code = None
+        last_words = ""
         try:
-            returned, last_words = module.main(list(flags)), ""
-        except SystemExit as stop:  # the interpreter prints a text on stderr, with status 1
-            is_text = isinstance(stop.code, str)
-            returned, last_words = (1, stop.code + "\n") if is_text else (stop.code, "")
+            module.main(list(flags))
+        except SystemExit as stop:
+            code = stop.code
+        if isinstance(code, str):  # the interpreter prints it on stderr
+            last_words = code + "\n"
+            code = 1
         out, err = capfd.readouterr()
-        assert returned == status, f"exit status {returned}\n{out}\n{err}\n{last_words}"
-        return subprocess.CompletedProcess(flags, returned, out, err + last_words)
+        assert (code or 0) == status, f"exit status {code}\n{out}\n{err}\n{last_words}"
+        return subprocess.CompletedProcess(flags, status, out, err + last_words)
 
     return main
 
 
 @pytest.fixture
-def signal_at(monkeypatch):
-    """Have a script get a signal at the beginning of a step: signal_at(module, step, SIGTERM)."""
+def interrupt(main, monkeypatch):
+    """Train, save at the first evaluation, and stop there: interrupt(script, *flags, at=9)."""
 
-    def signal_at(module, step, number=signal.SIGTERM):
+    def interrupt(script, *flags, at=9):
+        module = importlib.import_module(script)
         original = module.blocks_in_use
 
-        def blocks_in_use(now, config):
-            if now == step:
-                os.kill(os.getpid(), number)
-            return original(now, config)
+        def blocks_in_use(step, config):
+            if step == at:
+                raise KeyboardInterrupt
+            return original(step, config)
 
-        monkeypatch.setattr(module, "blocks_in_use", blocks_in_use)
-        return lambda: monkeypatch.setattr(module, "blocks_in_use", original)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "SAVE_SECONDS", 0)
+            patch.setattr(module, "blocks_in_use", blocks_in_use)
+            main(script, *flags)
+        module.lock_of.cache_clear()  # as if this process had ended: its lock is free
 
-    return signal_at
+    return interrupt
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a script as a user does: start(script, *flags, processes=1, **options of Popen).
+    """Start a script as a user does: start(script, *flags, launch=(), **options of Popen).
 
-    It may be a copy with other constants: replacing={"SAVE_SECONDS = 300": "SAVE_SECONDS = 0"}.
+    It may be a copy with changed lines: replacing={"SAVE_SECONDS = 60": "SAVE_SECONDS = 0"}.
     """
     started = []
 
-    def start(script, *flags, processes=1, replacing=(), env=(), **options):
-        path = str(ROOT / f"{script}.py")
-        launch = []
-        if processes > 1:
-            launch = ["-m", "torch.distributed.run", "--standalone"]
-            launch.append(f"--nproc_per_node={processes}")
+    def start(script, *flags, launch=(), replacing=None, env=None, **options):
+        path = ROOT / f"{script}.py"
         if replacing:
-            text = Path(path).read_text()
-            for old, new in replacing.items():
-                assert old in text
-                text = text.replace(old, new)
-            path = f"{script}.py"
-            (tmp_path / path).write_text(text)
+            path = changed_copy(script, tmp_path, replacing)
             flags += ("--data_dir", str(ROOT / "data"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, *launch, path, *flags]
-        options = {"cwd": tmp_path, "env": os.environ | dict(env)} | pipes | options
-        started.append(subprocess.Popen(command, **options))
-        return started[-1]
+        command = [sys.executable, *launch, str(path), *flags]
+        options = {"cwd": tmp_path, "env": os.environ | (env or {})} | pipes | options
+        process = subprocess.Popen(command, **options)
+        started.append(process)
+        return process
 
     yield start
     for process in started:
@@ -136,21 +133,30 @@ def run(start):
     return run
 
 
-def wait_for(condition, process, seconds=120):
-    """Wait until a condition holds, while the process runs."""
-    for _ in range(seconds * 50):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise TimeoutError
+def changed_copy(script: str, folder: Path, replacing: dict[str, str]) -> Path:
+    """Write a script with some of its text replaced into a folder; return the copy's path."""
+    text = (ROOT / f"{script}.py").read_text()
+    for old, new in replacing.items():
+        assert old in text
+        text = text.replace(old, new)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{script}.py"
+    path.write_text(text)
+    return path
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on: tests run side by side, a fixed one may be taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def torchrun(n: int, *flags) -> list[str]:
+    """Return how Python starts n processes that train together."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *flags]
+
+
+def wait_for(condition, process=None, seconds=120):
+    """Wait until a condition holds, while the process, if any, runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def children(pid: int) -> list[int]:
@@ -159,28 +165,36 @@ def children(pid: int) -> list[int]:
     return [int(n) for n in listed.split()]
 
 
+def load(path: Path) -> dict:
+    """Return what a checkpoint.pt or model.pt holds."""
+    return torch.load(path, weights_only=True)
+
+
 def weights(folder: Path) -> dict:
-    """Return the weights in a run's folder: the finished model's or else the checkpoint's."""
-    path = folder / ("model.pt" if (folder / "model.pt").exists() else "checkpoint.pt")
-    return torch.load(path, weights_only=True)["model"]
+    """Return the weights of a finished run."""
+    return load(folder / "model.pt")["model"]
 
 
-def assert_same(a: dict, b: dict, **tolerance) -> None:
+def assert_same(a: dict, b: dict, rtol=0.0, atol=0.0) -> None:
     """See that two models have the same weights, bit for bit if no tolerance is given."""
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(
-            a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name
-        )
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=name)
 
 
-def rows(folder: Path, drop=("images_per_second", "seconds")) -> list[dict]:
+def rows(folder: Path) -> list[dict]:
     """Return the rows of log.csv, without its times."""
-    text = (folder / "log.csv").read_bytes().decode()
-    assert "\r" not in text
-    return [
-        {k: v for k, v in row.items() if k not in drop} for row in csv.DictReader(text.splitlines())
-    ]
+    found = list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+    for row in found:
+        del row["images_per_second"], row["seconds"]
+    return found
+
+
+def assert_finished_alike(folder: Path, other: Path) -> None:
+    """See that two runs ended with the same weights and log, and left nothing but those."""
+    assert_same(weights(folder), weights(other))
+    assert rows(folder) == rows(other)
+    assert {path.name for path in folder.iterdir()} <= {"model.pt", "log.csv", ".lock"}
 
 
 def one_line(result, *words) -> None:

@@ -1,11 +1,18 @@
-"""Numbers that README, RESULTS and the docstrings repeat must agree."""
+"""README's commands work; numbers that README, RESULTS and the docstrings repeat agree."""
 
 import ast
 import re
+import shlex
+import shutil
 import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS, TINY, torchrun
+from PIL import Image
+
+import look
 
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
 FOOTNOTE = " [¹²³]$"
@@ -81,3 +88,61 @@ def test_means_and_deviations_are_those_of_the_seeds(rows):
 
 def test_every_accuracy_in_readme_is_in_results():
     assert set(re.findall(ACCURACY, README)) <= set(re.findall(ACCURACY, RESULTS))
+
+
+# ---------------------------------------------------------------- commands
+def commands(start: str) -> list[list[str]]:
+    """Return the commands in README that begin with these words, without their comments."""
+    found = []
+    for line in README.splitlines():
+        for command in line.split("&&"):
+            if re.match(rf"\s*(\$ )?{start}", command):
+                found.append(shlex.split(command.replace("$ ", "", 1), comments=True))
+    return found
+
+
+def with_small_settings(script: str, flags: list[str]) -> list[str]:
+    """Return a README's flags, and some that make the run short, and the network small."""
+    shape = [] if "--n_embd" in flags else TINY[script]
+    short = "--subset 512 --batch_size 64 --max_iters 4 --device cpu".split()
+    return [*shape, *flags, *short]
+
+
+def draw_a_one(path: str) -> None:
+    """Draw a stroke with ink on paper."""
+    pixels = np.full((60, 60), 230, np.uint8)
+    pixels[12:48, 28:32] = 20
+    Image.fromarray(pixels).save(path)
+
+
+def test_readme_s_commands_train_and_look(main, capfd):
+    training = commands(r"python (mini_)?vit\w*\.py")
+    looking = commands(r"python look\.py")
+    assert training and looking
+    for _, file, *flags in training:
+        script = file.removesuffix(".py")
+        assert "accuracy: " in main(script, *with_small_settings(script, flags)).stdout
+    for _, _, *arguments in looking:
+        for path in [word for word in arguments if not word.startswith("-")]:
+            if Path(path).suffix:
+                draw_a_one(path)
+            elif not Path(path).exists():  # a run that README doesn't train
+                shutil.copytree(next(Path("runs").glob("*/model.pt")).parent, path)
+        assert look.main(["--device", "cpu", *arguments]) == 0
+        assert "error" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_readme_s_commands_train_with_torchrun(run):
+    on_one_node = [
+        command
+        for command in commands("torchrun")
+        if not re.search(r"HOST|nnodes=[^1]", str(command))
+    ]
+    assert on_one_node
+    for command in on_one_node:
+        place = next(n for n, word in enumerate(command) if word.endswith(".py"))
+        script = command[place].removesuffix(".py")
+        launch = [*torchrun(2)[:2], *command[1:place]]
+        result = run(script, *with_small_settings(script, command[place + 1 :]), launch=launch)
+        assert "accuracy: " in result.stdout

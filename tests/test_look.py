@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, TINY, one_line
+from conftest import ROOT, SHORT, TINY, load, one_line
 from PIL import Image
 
 import look
@@ -74,44 +75,61 @@ def test_a_finished_run(script, main, tmp_path):
     first, *lines = result.stdout.splitlines()
     assert first.startswith(f"runs/mine: {script}.py, 24 steps")
     digits = [f"accuracy of {digit}" for digit in range(10)]
-    assert [line.split(":")[0] for line in lines] == ["test loss", *digits, "accuracy"]
-    assert lines[-1].endswith(" of 10000)")
+    measured = "measured on 512 test images of MNIST"
+    assert [line.split(":")[0] for line in lines] == [measured, "test loss", *digits, "accuracy"]
+    assert lines[-1].endswith(" of 512)")
     assert_drawn(tmp_path / "runs" / "mine" / "report.png")
 
 
-@pytest.mark.slow
-def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(main, tmp_path, monkeypatch):
-    """The second block joins at step 25, the last; the run is stopped at step 24."""
-    original = mini_vit.blocks_in_use
-
-    def stop_at_step_24(step, config):
-        if step == 24:
-            mini_vit.stop.number = 15  # SIGTERM
-        return original(step, config)
-
-    monkeypatch.setattr(mini_vit, "blocks_in_use", stop_at_step_24)
-    flags = [*RUN, "--max_iters", "25", "--eval_interval", "24", "--growth", "20", "--subset", "0"]
-    trained = main("mini_vit", *flags, status=143)
-    loss = trained.stdout.split("test loss ")[1].split(",")[0]
-    assert torch.load("runs/mini_vit/checkpoint.pt", weights_only=True)["depth"] == 1
-    assert f"test loss: {loss}" in looking("runs/mini_vit", cwd=tmp_path).stdout
-
-
-@pytest.mark.slow
-def test_a_run_that_was_stopped_before_its_first_evaluation(main, tmp_path, monkeypatch, capfd):
-    original = mini_vit.blocks_in_use
-
-    def stop_at_once(step, config):
-        mini_vit.stop.number = 15  # SIGTERM
-        return original(step, config)
-
-    monkeypatch.setattr(mini_vit, "blocks_in_use", stop_at_once)
-    main("mini_vit", *RUN, status=143)
+def test_a_run_under_way_is_looked_at_with_the_blocks_it_has(interrupt, capfd):
+    """The second block joins at step 24, the last; the run is stopped before that."""
+    interrupt("mini_vit", *RUN, "--growth", "20")
+    capfd.readouterr()
+    state = load(Path("runs/mini_vit/checkpoint.pt"))
+    assert (state["iter"], state["depth"]) == (8, 1)
     assert look.main(["--device", "cpu"]) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("runs/mini_vit: mini_vit.py, 1 steps")
+    assert out.startswith("runs/mini_vit: mini_vit.py, 8 steps")
+    assert f"test loss: {state['log'][-1]['test_loss']:.4f}\n" in out
     assert err == ""
-    assert_drawn(tmp_path / "runs" / "mini_vit" / "report.png")
+    assert_drawn(Path("runs/mini_vit/report.png"))
+
+
+def test_a_run_that_is_tested_on_held_out_images_is_looked_at_with_those(main, capfd):
+    said = main("mini_vit", *RUN, "--holdout", "100").stdout.splitlines()[-1]
+    assert look.main(["--device", "cpu"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1] == "measured on 100 held-out images of MNIST"
+    assert lines[-1] == said
+    assert said.startswith("held-out accuracy: ")
+
+
+def test_runs_that_were_tested_on_different_images_are_compared_with_a_caution(main, capfd):
+    for name, flags in {"a": [], "b": ["--seed", "2"], "c": ["--holdout", "100"]}.items():
+        main("mini_vit", *RUN, *flags, "--out_dir", f"runs/{name}")
+    caution = "caution: these runs were not tested on the same images"
+    for other, expected in [("b", False), ("c", True)]:
+        assert look.main(["runs/a", f"runs/{other}"]) == 0
+        assert (caution in capfd.readouterr().out) == expected
+
+
+def test_a_script_that_has_changed_since_is_named(finished, capfd):
+    path = finished / "model.pt"
+    torch.save(load(path) | {"source": "an earlier text"}, path)
+    look.load_run(finished, device="cpu")
+    expected = f"mini_vit.py has changed since {finished} was trained\n"
+    assert capfd.readouterr().err == expected
+
+
+def test_load_run_changes_nothing_in_the_process(finished, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("load_run changed the process")
+
+    monkeypatch.setattr(mini_vit.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(mini_vit.dist, "init_process_group", refuse)
+    monkeypatch.setattr(mini_vit.torch, "manual_seed", refuse)
+    monkeypatch.setattr(signal, "signal", refuse)
+    look.load_run(finished, device="cpu")
 
 
 def test_load_run_returns_script_config_device_model_and_state(finished):
@@ -119,7 +137,7 @@ def test_load_run_returns_script_config_device_model_and_state(finished):
     assert run.script is mini_vit
     assert isinstance(run.config, mini_vit.Config)
     assert run.config.n_embd == 56
-    assert (run.config.subset, run.config.holdout) == (0, 0)  # it is tested on all test images
+    assert (run.config.subset, run.config.holdout) == (512, 0)  # it is tested on those images
     assert run.config.data_dir == mini_vit.Config.data_dir
     assert run.device == torch.device("cpu")
     assert not run.model.training

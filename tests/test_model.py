@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import assert_same, random_images, random_model, small_config
+from conftest import SHORT, TINY, assert_same, random_images, random_model, rows, small_config
 from torch.nn.functional import cross_entropy
 
 import mini_vit
@@ -17,8 +17,8 @@ PARAMETERS = {
     "mini_vit": 118_148_810,
     "mini_vit_concat": 492_622_490,
     "mini_vit_augment": 118_148_810,
+    "vit": 803_338,
 }
-PARAMETERS |= {"vit": 803_338}
 
 
 def test_parameter_count(module):
@@ -99,6 +99,26 @@ def test_blocks_not_in_use_change_nothing(module):
     torch.testing.assert_close(deep(images), one(images), rtol=0, atol=0)
     deep.depth = 2
     assert not torch.allclose(deep(images), one(images))
+
+
+def test_attention_by_the_book_computes_what_the_fast_one_does(module):
+    """The same logits, the same gradients."""
+    images, labels = random_images(20)
+    fast, slow = (random_model(module, attention=way) for way in ("fast", "by the book"))
+    slow.load_state_dict(fast.state_dict())
+    torch.testing.assert_close(slow(images), fast(images), rtol=1e-4, atol=1e-5)
+    for model in (fast, slow):
+        cross_entropy(model(images), labels).backward()
+    for a, b in zip(fast.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_attention_by_the_book_trains(main, tmp_path):
+    """In bfloat16, where hardware has it, too."""
+    for way in ("fast", "by the book"):
+        main("mini_vit", *TINY["mini_vit"], *SHORT, "--attention", way, "--out_dir", way)
+    for a, b in zip(rows(tmp_path / "fast"), rows(tmp_path / "by the book"), strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=0.01)
 
 
 def test_uint8_images_are_pixels_from_0_to_1(module):
@@ -223,13 +243,3 @@ def test_a_gpu_without_bfloat16_of_its_own_uses_float32(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     chosen = mini_vit.choose_precision(mini_vit.Config(), torch.device("cuda"))
     assert chosen == ("bfloat16" if native else "float32")
-
-
-@pytest.mark.parametrize("on_cuda", [True, False])
-def test_what_depends_on_the_device_is_decided_when_it_is_known(on_cuda, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
-    batch_size = 4096 if on_cuda else 1024
-    assert mini_vit_augment.Config().batch_size == batch_size
-    assert mini_vit_augment.Config(device="cpu").batch_size == 1024
-    assert mini_vit_augment.Config(device="cuda:1").max_iters == 10000
-    assert mini_vit_augment.Config(device="cpu", growth=0.0).growth == 0
