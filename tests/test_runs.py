@@ -50,9 +50,9 @@ def test_going_on_is_exact_on_a_gpu(script, main, interrupt, tmp_path):
 
 
 def test_a_command_that_goes_on_is_printed_at_the_first_step(main):
-    first, second, third, *_ = main("mini_vit", *RUN, "--out_dir", "my run").stdout.splitlines()
-    assert first.startswith("device: ") and second.startswith("parameters: ")
-    assert third.endswith("the same command goes on with --resume --out_dir 'my run'")
+    _, parameters, third, *_ = main("mini_vit", *RUN, "--out_dir", "my run").stdout.splitlines()
+    assert parameters.startswith("parameters: ")
+    assert third.endswith("the same command with --resume --out_dir 'my run'")
 
 
 def test_flags_win_and_are_named_where_they_differ(main, interrupt, tmp_path):
