@@ -134,10 +134,10 @@ def read_archive(name: str, config: Config) -> Tensor:
     """Return the bytes of one of MNIST's four archives, uint8; gzip checks their CRC."""
     path = Path(os.path.expanduser(config.data_dir), "MNIST", "raw", name)
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        return torch.frombuffer(content, dtype=torch.uint8)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         fail(f"can't read {path}; restore the archive or set --data_dir", error)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def batch_indices(step: int, n_images: int, config: Config) -> Tensor:
