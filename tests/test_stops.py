@@ -64,7 +64,8 @@ def stop_somewhere(process, number: int, folder, seconds: float, saving: bool) -
     else:
         process.send_signal(number)
     process.communicate(timeout=200)
-    assert process.returncode == -number
+    # Of Ctrl-C, DataLoader may notice first that its workers have ended: an error, and status 1.
+    assert process.returncode in ((1, -number) if number == signal.SIGINT else (-number,))
 
 
 @pytest.mark.parametrize("script, number", EVERY_WAY, indirect=["script"])
