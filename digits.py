@@ -1,10 +1,10 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
-read_digits, at the top, shows the steps. open_picture opens an image file, however large or broken;
-to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_parts leaves
-out what is printed; find_digits joins the parts of a digit and separates neighbours; in_rows puts
-digits into reading order; like_mnist scales them. The side of a picture is the square root of its
-area; lengths in pixels are of the picture scaled to AREA.
+read_digits, at the top, shows the steps: open_picture opens an image file, however large or broken;
+to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_digits joins
+the parts of a digit and separates neighbours; in_rows puts digits into reading order; like_mnist
+scales them. The side of a picture is the square root of its area; lengths in pixels are of the
+picture scaled to AREA.
 """
 
 import math
@@ -34,6 +34,10 @@ MOST_PAGES = 20  # that look.py reads of a file
 SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
 SMALLEST = 4  # pixels of a side; less can't show a digit
 
+# Telling
+UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
+THIN = 1 / 20  # of its length; a line that is drawn or printed is thinner than most digits'
+
 # Ink on paper
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
@@ -46,16 +50,15 @@ GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
-THIN = 1 / 20  # of the picture's shorter side, or of a line's length; printed lines are thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
+INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASH = 6  # squares of the stroke's width; dashes are smaller, digits larger
 CORE = 0.7  # of the height of what is beside it; what is lower belongs to it
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
 BLOCK = 0.5  # of a digit's longer side; the strokes of even the boldest digit are thinner
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
-UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
 
 
 class NothingThere(ValueError):
@@ -289,16 +292,15 @@ def to_gray(image: Image.Image) -> np.ndarray:
     around them: of red ink on green paper, it keeps the difference.
     """
     small = scaled(image, LEAST_AREA)
-    side = math.sqrt(LEAST_AREA)
-    changes = small - ndimage.gaussian_filter(small, LIGHT * side, axes=(0, 1))
+    light = ndimage.gaussian_filter(small, LIGHT * math.sqrt(LEAST_AREA), axes=(0, 1))
+    changes = small - light
     flat = changes.reshape(-1, 3)
     direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
     direction /= abs(direction).sum()
-    window = round(NARROW * side)
     gray = small @ direction
     change = changes @ direction
-    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change).clip(0)
-    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change).clip(0)
+    dark = np.minimum(strokes(gray, NARROW, mode="edge"), -change).clip(0)
+    light = np.minimum(strokes(-gray, NARROW, mode="edge"), change).clip(0)
     if (light**3).sum() > (dark**3).sum():
         direction = -direction
     area = image.width * image.height
@@ -318,13 +320,14 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     Raise NothingThere if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    ink = strokes(gray, mode="edge")
+    ink = strokes(gray, WINDOW, mode="edge")
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
         raise NothingThere("there is nothing in it")
     ink = (ink / contrast).clip(0, 1)
-    whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
+    on_paper = strokes(gray, WINDOW, mode="constant", constant_values=gray.max())
+    whole = (on_paper / contrast).clip(0, 1)
     for part in regionprops(label(whole > FAINT)):
         here = np.zeros(ink.shape, bool)
         here[part.slice] = part.image
@@ -333,12 +336,12 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     return ink
 
 
-def strokes(gray: np.ndarray, **beyond) -> np.ndarray:
-    """Return how much darker each pixel is than the paper near it.
+def strokes(gray: np.ndarray, window: float, **beyond) -> np.ndarray:
+    """Return how much darker each pixel is than the paper, if that is narrower than a window.
 
-    `beyond` says what the picture is like beyond its edge, in np.pad's words.
+    The window is a share of the side; `beyond` says in np.pad's words what is beyond the edge.
     """
-    size = round(WINDOW * math.sqrt(gray.size))
+    size = round(window * math.sqrt(gray.size))
     padded = np.pad(gray, size, **beyond)
     darker = ndimage.grey_closing(padded, (size, size)) - padded
     return darker[size:-size, size:-size]
@@ -367,8 +370,7 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
     rest = np.where(darker > DARKER * ink, ink, 0)
     is_flat = there.any(1).sum() < there.any(0).sum() / 5
-    is_thin = stroke_width(there) < THIN * min(ink.shape)
-    if rest.max() >= STRONG or is_flat or (runs > 4 and is_thin):
+    if rest.max() >= STRONG or is_flat or runs > 4:
         return rest
     return ink
 
@@ -400,7 +402,7 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
     tallest = max((len(part.image) for part in parts), default=0)
-    large = [part for part in parts if len(part.image) > TALL**2 * tallest]
+    large = [part for part in parts if len(part.image) > INSIDE**2 * tallest]
     written = [part.label for part in parts if part not in large or not is_printed(part, large)]
     return np.isin(labels, written)
 
@@ -409,7 +411,7 @@ def is_printed(part, parts: list) -> bool:
     """Return whether a part is a box or a cell's corner around another one, or a line beside it."""
     height, width = part.image.shape
     top, left, bottom, right = part.bbox
-    others = [other for other in parts if other is not part and len(other.image) > TALL * height]
+    others = [other for other in parts if other is not part and len(other.image) > INSIDE * height]
     if others and width < height / 5 and CORE * height > max(len(o.image) for o in others):
         return True
     for other in others:
