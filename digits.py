@@ -36,7 +36,7 @@ SMALLEST = 4  # pixels of a side; less can't show a digit
 
 # Telling
 UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
-THIN = 1 / 20  # of its length; a line that is drawn or printed is thinner than most digits'
+THIN = 1 / 20  # of the picture's shorter side, or of its own length: a printed line is thinner
 
 # Ink on paper
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
@@ -370,7 +370,8 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     darker = ink - reconstruction(seed, ink)  # than the lines, which meet the edge
     rest = np.where(darker > DARKER * ink, ink, 0)
     is_flat = there.any(1).sum() < there.any(0).sum() / 5
-    if rest.max() >= STRONG or is_flat or runs > 4:
+    is_thin = stroke_width(there) < THIN * min(ink.shape)
+    if rest.max() >= STRONG or is_flat or (runs > 4 and is_thin):
         return rest
     return ink
 
