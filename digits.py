@@ -34,9 +34,8 @@ MOST_PAGES = 20  # that look.py reads of a file
 SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
 SMALLEST = 4  # pixels of a side; less can't show a digit
 
-# Telling
+# How sure a reading is
 UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
-THIN = 1 / 20  # of the picture's shorter side, or of its own length: a printed line is thinner
 
 # Ink on paper
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
@@ -50,6 +49,7 @@ GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
+THIN = 1 / 20  # of the picture's shorter side, or of its own length: a printed line is thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
