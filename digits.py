@@ -1,10 +1,10 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
-read_digits, at the top, shows the steps. open_picture opens an image file, however large or broken;
-to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_parts leaves
-out what is printed; find_digits joins the parts of a digit and separates neighbours; in_rows puts
-digits into reading order; like_mnist scales them. The side of a picture is the square root of its
-area; lengths in pixels are of the picture scaled to AREA.
+read_digits, at the top, shows the steps: open_picture opens an image file, however large or broken;
+to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_digits joins
+the parts of a digit and separates neighbours; in_rows puts digits into reading order; like_mnist
+scales them. The side of a picture is the square root of its area; lengths in pixels are of the
+picture scaled to AREA.
 """
 
 import math
@@ -34,8 +34,10 @@ MOST_PAGES = 20  # that look.py reads of a file
 SHOWN = 1_000_000  # pixels of an opened picture; more would help neither eyes nor the model
 SMALLEST = 4  # pixels of a side; less can't show a digit
 
-# Ink on paper
+# How sure a reading is
 UNSURE = 0.1  # a probability; a digit that is as likely as this is named, too
+
+# Ink on paper
 AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels high
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
@@ -47,18 +49,15 @@ GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
-THIN = 1 / 20  # of the picture's shorter side, or of a line's length; printed lines are thinner
+THIN = 1 / 20  # of the picture's shorter side, or of its own length: a printed line is thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
 INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
-LINE = 1.3  # times the tallest digit; a straight line that is longer is no 1
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
-DASHED = 0.6  # of the height of all parts together; the dashes of a dashed digit are lower ...
-DASH = 6  # stroke widths; ... and no longer than this, unlike the digits of several rows
+DASH = 6  # squares of the stroke's width; dashes are smaller, digits larger
+CORE = 0.7  # of the height of what is beside it; what is lower belongs to it
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
-CORE = 0.7  # of the height of all that is close together; parts as tall as this are digits
 BLOCK = 0.5  # of a digit's longer side; the strokes of even the boldest digit are thinner
-FLAT = 2.5  # times its height; no digit is wider
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
 
@@ -90,15 +89,10 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
     can't be read.
     """
     image = open_picture(source, page)
-    gray = to_gray(image)
-    ink = find_ink(gray)
+    ink = find_ink(to_gray(image))
     found = find_digits(ink)
-    if not found:  # a thick digit that fills the picture can look like paper
-        paper = find_ink(-gray)
-        found = [part for part in find_digits(paper) if reaches_edge(part, gray.shape)]
-        if not found:
-            raise NothingThere(f"there is {'no digit' if ink.any() else 'nothing'} in it")
-        ink = paper
+    if not found:
+        raise NothingThere("there is no digit in it")
     across = image.info["scale"] * image.width / ink.shape[1]
     down = image.info["scale"] * image.height / ink.shape[0]
     digits = Digits(image.info["note"])
@@ -298,27 +292,19 @@ def to_gray(image: Image.Image) -> np.ndarray:
     around them: of red ink on green paper, it keeps the difference.
     """
     small = scaled(image, LEAST_AREA)
-    side = math.sqrt(LEAST_AREA)
-    changes = small - ndimage.gaussian_filter(small, LIGHT * side, axes=(0, 1))
+    light = ndimage.gaussian_filter(small, LIGHT * math.sqrt(LEAST_AREA), axes=(0, 1))
+    changes = small - light
     flat = changes.reshape(-1, 3)
     direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
     direction /= abs(direction).sum()
-    window = round(NARROW * side)
     gray = small @ direction
     change = changes @ direction
-    dark = np.minimum(ndimage.grey_closing(gray, (window, window)) - gray, -change).clip(0)
-    light = np.minimum(gray - ndimage.grey_opening(gray, (window, window)), change).clip(0)
-    least = FAINT * max(dark.max(), light.max())
-    if largest_part(light, least) > largest_part(dark, least):
+    dark = np.minimum(strokes(gray, NARROW, mode="edge"), -change).clip(0)
+    light = np.minimum(strokes(-gray, NARROW, mode="edge"), change).clip(0)
+    if (light**3).sum() > (dark**3).sum():
         direction = -direction
     area = image.width * image.height
     return scaled(image, min(max(area, LEAST_AREA), AREA)) @ direction
-
-
-def largest_part(strokes: np.ndarray, least: float) -> float:
-    """Return how much there is of the largest connected part, from the cubes of its pixels."""
-    labels = label(strokes > least)
-    return np.bincount(labels.ravel(), (strokes**3).ravel())[1:].max(initial=0)
 
 
 def scaled(image: Image.Image, area: int) -> np.ndarray:
@@ -331,16 +317,17 @@ def scaled(image: Image.Image, area: int) -> np.ndarray:
 def find_ink(gray: np.ndarray) -> np.ndarray:
     """Return how far each pixel stands out from the paper, as a share of the ink's contrast.
 
-    It is 0 everywhere if nothing stands out from the noise.
+    Raise NothingThere if nothing stands out from the noise.
     """
     gray = ndimage.gaussian_filter(gray, SMOOTH)
-    ink = strokes(gray, mode="edge")
+    ink = strokes(gray, WINDOW, mode="edge")
     contrast = contrast_of(ink)
     noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
-        return np.zeros_like(ink)
+        raise NothingThere("there is nothing in it")
     ink = (ink / contrast).clip(0, 1)
-    whole = (strokes(gray, mode="constant", constant_values=gray.max()) / contrast).clip(0, 1)
+    on_paper = strokes(gray, WINDOW, mode="constant", constant_values=gray.max())
+    whole = (on_paper / contrast).clip(0, 1)
     for part in regionprops(label(whole > FAINT)):
         here = np.zeros(ink.shape, bool)
         here[part.slice] = part.image
@@ -349,12 +336,12 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     return ink
 
 
-def strokes(gray: np.ndarray, **beyond) -> np.ndarray:
-    """Return how much darker each pixel is than the paper near it.
+def strokes(gray: np.ndarray, window: float, **beyond) -> np.ndarray:
+    """Return how much darker each pixel is than the paper, if that is narrower than a window.
 
-    `beyond` says what the picture is like beyond its edge, in np.pad's words.
+    The window is a share of the side; `beyond` says in np.pad's words what is beyond the edge.
     """
-    size = round(WINDOW * math.sqrt(gray.size))
+    size = round(window * math.sqrt(gray.size))
     padded = np.pad(gray, size, **beyond)
     darker = ndimage.grey_closing(padded, (size, size)) - padded
     return darker[size:-size, size:-size]
@@ -389,23 +376,44 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     return ink
 
 
+# ---------------------------------------------------------------------------- digits
+def find_digits(ink: np.ndarray) -> list:
+    """Return the region of each digit: of parts with small gaps, unless they are neighbours."""
+    there = find_parts(ink)
+    parts = regionprops(label(there))
+    if not parts:
+        return []
+    height = max(len(part.image) for part in parts)
+    size = np.median([part.area for part in parts])
+    no_holes = all(part.euler_number == 1 for part in parts)
+    if no_holes and size < DASH * stroke_width(there) ** 2:  # a dashed digit
+        height = np.ptp(there.nonzero()[0])
+    labels = there * label(ndimage.distance_transform_edt(~there) <= GAP * height / 2)
+    for _ in range(3):  # a chain of up to eight digits is halved three times
+        for group in regionprops(labels):
+            pieces = separate(group.image, ink[group.slice])
+            labels[group.slice][group.image] = pieces[group.image] + labels.max()
+    digits = regionprops(labels)
+    least = max(DUST, TALL * max(len(digit.image) for digit in digits))
+    return [digit for digit in digits if len(digit.image) >= least and is_like_a_digit(digit)]
+
+
 def find_parts(ink: np.ndarray) -> np.ndarray:
-    """Return where there is ink of digits: no dust, no boxes, no lines beside digits."""
+    """Return where there is ink that people wrote: no dust, and nothing printed beside digits."""
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
     tallest = max((len(part.image) for part in parts), default=0)
     large = [part for part in parts if len(part.image) > INSIDE**2 * tallest]
-    printed = [part.label for part in large if is_printed(part, large)]
-    kept = [part.label for part in parts if part.label not in printed]
-    return np.isin(labels, kept)
+    written = [part.label for part in parts if part not in large or not is_printed(part, large)]
+    return np.isin(labels, written)
 
 
 def is_printed(part, parts: list) -> bool:
-    """Return whether a part is a box around another one, or a corner of it, or a line beside it."""
+    """Return whether a part is a box or a cell's corner around another one, or a line beside it."""
     height, width = part.image.shape
     top, left, bottom, right = part.bbox
     others = [other for other in parts if other is not part and len(other.image) > INSIDE * height]
-    if others and width < height / 5 and height > LINE * max(len(o.image) for o in others):
+    if others and width < height / 5 and CORE * height > max(len(o.image) for o in others):
         return True
     for other in others:
         a, b, c, d = other.bbox
@@ -418,67 +426,12 @@ def is_printed(part, parts: list) -> bool:
     return False
 
 
-def find_digits(ink: np.ndarray) -> list:
-    """Return the region of each digit. Parts are one digit if the gap between them is small."""
-    there = find_parts(ink)
-    parts = regionprops(label(there))
-    if not parts:
-        return []
-    stroke = stroke_width(there)
-    size = np.median([part.area for part in parts])
-    height = tallest = max(len(part.image) for part in parts)
-    together = np.ptp(there.any(1).nonzero()[0])
-    no_holes = all(part.euler_number == 1 for part in parts)
-    if no_holes and tallest < DASHED * together and size < DASH * stroke**2:
-        height = together
-    labels = there * label(ndimage.distance_transform_edt(~there) <= GAP * height / 2)
-    for _ in range(3):  # a chain of up to eight digits is halved three times
-        for group in regionprops(labels):
-            pieces = separate(group.image, ink[group.slice])
-            labels[group.slice][group.image] = pieces[group.image] + labels.max()
-    digits = regionprops(labels)
-    least = max(DUST, TALL * max(len(digit.image) for digit in digits))
-    return [digit for digit in digits if len(digit.image) >= least and is_like_a_digit(digit)]
-
-
-def reaches_edge(part, shape: tuple[int, int]) -> bool:
-    """Return whether a part comes as close to the picture's edge as a speck of dust is large."""
-    top, left, bottom, right = part.bbox
-    return min(top, left, shape[0] - bottom, shape[1] - right) < DUST
-
-
-def is_like_a_digit(part) -> bool:
-    """Return whether a part's shape may be a digit's: it is no block, no dash, no scribble."""
-    height, width = part.image.shape
-    is_block = stroke_width(part.image) > BLOCK * max(height, width)
-    holes = regionprops(label(part.image_filled & ~part.image))
-    n_holes = sum(hole.area > part.image.size / 200 for hole in holes)
-    return not is_block and width < FLAT * height and n_holes <= 3
-
-
-def hint_of(part) -> str:
-    """Return what a part may be, if not a digit, to judge by its shape; "" if there is no doubt."""
-    height, width = part.image.shape
-    stroke = stroke_width(part.image)
-    # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
-    is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
-    if is_straight and stroke < THIN * height:
-        return "may be a line"
-    y, x = part.image.nonzero()
-    row, column = part.image.sum(1).argmax(), part.image.sum(0).argmax()
-    on_cross = ((abs(y - row) < stroke) | (abs(x - column) < stroke)).mean()
-    in_middle = abs(row / height - 0.5) < 0.15 and abs(column / width - 0.5) < 0.15
-    if on_cross > 0.95 and in_middle and 3 * stroke < min(height, width):
-        return "may be a plus"
-    return ""
-
-
 def separate(there: np.ndarray, ink: np.ndarray) -> np.ndarray:
     """Return where digits are in a group of parts, as numbers: neighbours may touch, or almost."""
     cores = side_by_side(there)
     # Few digits are wider than they are tall, but two that touch are.
     if there.shape[1] > len(there):
-        for darkness in np.arange(0.4, 1, 0.1):  # where digits touch, there is often less ink
+        for darkness in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):  # where digits touch, there is less ink
             if cores.max() < 2:
                 cores = side_by_side(there & (ink > darkness))
     if cores.max() < 2:
@@ -502,6 +455,32 @@ def side_by_side(there: np.ndarray) -> np.ndarray:
         cores[labels == part.label] = number
         end = max(end, right)
     return cores
+
+
+def is_like_a_digit(part) -> bool:
+    """Return whether a part's shape may be a digit's: it is no block, no dash, no scribble."""
+    height, width = part.image.shape
+    is_block = stroke_width(part.image) > BLOCK * max(height, width)
+    holes = regionprops(label(part.image_filled & ~part.image))
+    n_holes = sum(hole.area > part.image.size / 200 for hole in holes)
+    return not is_block and TALL * width < height and n_holes <= 3
+
+
+def hint_of(part) -> str:
+    """Return what a part may be, if not a digit, to judge by its shape; "" if there is no doubt."""
+    height, width = part.image.shape
+    stroke = stroke_width(part.image)
+    # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
+    is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
+    if is_straight and stroke < THIN * height:
+        return "may be a line"
+    y, x = part.image.nonzero()
+    row, column = part.image.sum(1).argmax(), part.image.sum(0).argmax()
+    on_cross = ((abs(y - row) < stroke) | (abs(x - column) < stroke)).mean()
+    in_middle = abs(row / height - 0.5) < 0.15 and abs(column / width - 0.5) < 0.15
+    if on_cross > 0.95 and in_middle and 3 * stroke < min(height, width):
+        return "may be a plus"
+    return ""
 
 
 def stroke_width(ink: np.ndarray) -> float:
