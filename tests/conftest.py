@@ -126,7 +126,7 @@ def run(start):
 
     def run(*args, status=0, **options):
         process = start(*args, **options)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
