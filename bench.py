@@ -46,7 +46,7 @@ FLAGS = {
     "mini_vit_concat.py": "--n_layers 2 --first_layers 1 --n_head 20 --d_head 53 --n_embd 1060"
     " --max_iters 300 --warmup_iters 50 --subset 7500",
     "mini_vit_augment.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
-    " --batch_size 512 --max_iters 900 --warmup_iters 100 --subset 4500 --num_workers 0",
+    " --batch_size 512 --max_iters 900 --warmup_iters 100 --subset 4500",
     "vit.py": "--n_embd 64 --n_layers 3 --max_iters 900 --warmup_iters 100 --subset 6000",
 }
 

@@ -65,7 +65,7 @@ class Config:
     shear: float = 0.26  # augmentation: largest slant, horizontal pixels per vertical pixel
     translation: float = 2.0  # augmentation: largest shift along each axis, in pixels
     elastic: float = 0.8  # augmentation: standard deviation of a control point's shift, in pixels
-    num_workers: int = 2  # processes that augment; 0: the training process does, on its device
+    num_workers: int = 0  # processes that augment; 0: the training process does, on its device
     n_head: int = 14  # attention heads; n_head * d_head must be n_embd
     d_head: int = 56  # numbers per head; each is one token (see MultiHead)
     n_embd: int = 784  # features of an image; if not 784, a linear layer comes before the blocks

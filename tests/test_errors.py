@@ -214,7 +214,7 @@ def test_compile_that_cannot_work_is_one_line(run):
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_torch_s_own_words(start, tmp_path):
-    flags = [*TINY["mini_vit_augment"], *SHORT, "--max_iters=1000000"]
+    flags = [*TINY["mini_vit_augment"], *SHORT, "--max_iters=1000000", "--num_workers=2"]
     process = start("mini_vit_augment", *flags)
     log = tmp_path / "runs" / "mini_vit_augment" / "log.csv"
     wait_for(lambda: log.exists() and log.stat().st_size, process)  # it is under way

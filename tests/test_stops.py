@@ -20,6 +20,7 @@ from conftest import (
 LONG = "--subset 1000 --batch_size 32 --max_iters 150 --eval_interval 50 --device cpu".split()
 LONG += ["--data_dir", str(ROOT / "data")]
 RUNS = {script: [*TINY[script], *LONG] for script in SCRIPTS}
+RUNS["mini_vit_augment"].append("--num_workers=2")
 RUNS["mini_vit_concat"].append("--max_iters=50")  # its steps take longer
 ENDLESS = [*RUNS["mini_vit"], "--max_iters=1000000"]
 EVERY_WAY = [
@@ -132,9 +133,7 @@ def test_killed_while_it_writes(moment, start, main, tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-    "script",
-    ["vit", pytest.param("mini_vit_augment", marks=pytest.mark.slow)],
-    indirect=True,
+    "script", ["vit", pytest.param("mini_vit_augment", marks=pytest.mark.slow)], indirect=True
 )
 def test_torchrun_starts_again_when_a_process_dies(script, start, run, tmp_path):
     flags = [*RUNS[script], "--resume"]
