@@ -27,10 +27,10 @@ def table(text: str, first_cells: str) -> list[dict[str, str]]:
 
 
 def by_script(rows: list[dict], column: str) -> dict[str, dict]:
-    """Return the rows of the default settings, by script."""
-    named = {
-        row[column].strip("`").removeprefix("python ").removesuffix(".py"): row for row in rows
-    }
+    """Return the first row of each script."""
+    named = {}
+    for row in rows:
+        named.setdefault(re.search(r"(\w+)\.py", row[column])[1], row)
     return {name: named[name] for name in SCRIPTS}
 
 
