@@ -31,12 +31,14 @@ def lines_of(capsys, *arguments) -> list[str]:
     return capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
 
 
-def test_equal_sides_have_no_difference_at_all(capsys):
-    name, loss, accuracy, _ = lines_of(capsys, "vit.py", "--beta2", "0.98", "--seeds", "2")
-    assert name == "vit.py, --beta2 0.98: 2 seeds"
-    assert "+0.0000 ± 0.0000" in loss
-    assert "+0.00 ± 0.00 %" in accuracy
-    assert loss.endswith("no clear difference")
+def test_equal_sides_have_no_difference_at_all():
+    flags = ["--beta2", "0.98"]  # as by default
+    base, changed = bench.sides_of_script("vit.py", flags, TINY.split())
+    ((before, after),) = bench.compare("equal", base, changed, 1, 1, "")
+    assert (before["loss"], before["accuracy"]) == (after["loss"], after["accuracy"])
+    text = bench.summary("equal", 3 * [(before, after)])
+    assert "+0.0000 ± 0.0000    no clear difference" in text
+    assert "+0.00 ± 0.00 %  no clear difference" in text
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,7 @@ def test_harder_images_raise_the_training_loss(script, flag, main, tmp_path):
         assert float(hard["train_loss"]) > float(usual["train_loss"]) + 0.05
 
 
+@pytest.mark.slow
 def test_main_runs_twice_in_a_notebook(tmp_path):
     """Its second cell trains after an interrupt in the first."""
     nbformat = pytest.importorskip("nbformat")
