@@ -87,13 +87,14 @@ def test_a_patch_is_recorded_and_its_runs_are_not_repeated(tmp_path, capsys, mon
     assert (tmp_path / "docs" / "ideas.png").exists()
 
 
-def test_a_change_that_fails_counts_as_worse(tmp_path, capsys):
+def test_a_change_that_fails_counts_as_worse(tmp_path, capsys, monkeypatch):
     patch = tmp_path / "diverges.patch"
     patch.write_text(f"{HEADER}Flags: --learning_rate 1e30\n")
     _, last = lines_of(capsys, str(patch), "--seeds", "1")
     assert last.startswith(
         "worse: with the change, it fails: vit.py: error: the loss is not finite"
     )
+    monkeypatch.setattr(bench, "HERE", tmp_path)  # where it draws docs/ideas.png
     bench.show_collection()
     assert "| fails | | | worse |" in capsys.readouterr().out
 
