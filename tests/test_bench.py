@@ -11,6 +11,9 @@ TINY = "--n_embd 32 --n_head 2 --n_layers 1 --max_iters 60 --warmup_iters 10 --s
 HEADER = "An idea.\nSource: folklore\nScript: vit.py\n"
 
 
+SIZES = dict(bench.FLAGS)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs that the tests share: the same base is trained once."""
@@ -29,6 +32,12 @@ def lines_of(capsys, *arguments) -> list[str]:
     """Return the last result that bench.py prints."""
     bench.main([*arguments, "--jobs", "1"])
     return capsys.readouterr().out.strip().split("\n\n")[-1].splitlines()
+
+
+def test_all_10000_held_out_images_count():
+    for flags in SIZES.values():
+        words = flags.split()
+        assert int(words[words.index("--subset") + 1]) >= 10000
 
 
 def test_equal_sides_have_no_difference_at_all():
