@@ -1,10 +1,10 @@
 """Your own digits: find them in a picture of any kind, and bring them into MNIST's form.
 
-read_digits, at the top, shows the steps: open_picture opens an image file, however large or broken;
-to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines; find_digits joins
-the parts of a digit and separates neighbours; in_rows puts digits into reading order; like_mnist
-scales them. The side of a picture is the square root of its area; lengths in pixels are of the
-picture scaled to AREA.
+read_digits, at the top, and digits_of show the steps: open_picture opens an image file, however
+large or broken; to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines;
+find_digits joins the parts of a digit and separates neighbours; in_rows puts digits into reading
+order; like_mnist scales them. The side of a picture is the square root of its area; lengths in
+pixels are of the picture scaled to AREA.
 """
 
 import math
@@ -42,10 +42,8 @@ AREA = 160_000  # pixels; digits on a page with rows of ten are still 30 pixels 
 LEAST_AREA = 112**2  # pixels; MNIST's own 28 x 28 show no more when they are enlarged further
 SMOOTH = 0.7  # pixels; the sigma that takes noise away and leaves strokes of two pixels
 LIGHT = 1 / 10  # of the side; the sigma of a blur in which strokes are gone, light remains
-NARROW = 1 / 8  # of the side; ink and paper are told apart by what is narrower than this
 WINDOW = 1 / 4  # of the side; strokes are narrower; frames, desks and most shadows wider
 LEAST_CONTRAST = 0.06  # of the range from black to white; people hardly see less
-GRAIN = 2  # pixels; the sigma of a blur in which grains are gone
 NOISE_RATIO = 20  # least contrast over median noise; most blank sheets have less, faint ink 32
 FAINT = 0.3  # of the ink's contrast; all of a stroke is at least this dark ...
 STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
@@ -88,7 +86,11 @@ def read_digits(source: str | Path | BinaryIO, page: int = 0) -> Digits:
     Raise NothingThere if there are none; ValueError, or one of Pillow's errors, if the picture
     can't be read.
     """
-    image = open_picture(source, page)
+    return digits_of(open_picture(source, page))
+
+
+def digits_of(image: Image.Image) -> Digits:
+    """Return the digits of a picture that open_picture returned; NothingThere if it has none."""
     ink = find_ink(to_gray(image))
     found = find_digits(ink)
     if not found:
@@ -182,12 +184,9 @@ def check_size(image: Image.Image, source: str | Path | BinaryIO) -> None:
             per_pixel = 8  # what all scans add up to is kept until the last one
     if pixels * per_pixel > MOST_MEMORY:
         raise ValueError("it has too many pixels: make it smaller")
-    most_per_byte = MOST_PER_BYTE
-    if image.format == "PPM":  # not compressed, so 8 at most
-        most_per_byte = 16
-        if image.tile[0].codec_name != "raw" and pixels > SHOWN:  # Pillow decodes it in Python
-            raise ValueError("it has too many pixels for its format: save it as PNG")
-    if pixels > most_per_byte * n_bytes:
+    if image.format == "PPM" and image.tile[0].codec_name != "raw" and pixels > SHOWN:
+        raise ValueError("it has too many pixels for its format: save it as PNG")  # it is slow
+    if pixels > MOST_PER_BYTE * n_bytes:
         width, height = image.size
         raise ValueError(f"{width} x {height} pixels can't be in {n_bytes} bytes")
 
@@ -299,8 +298,9 @@ def to_gray(image: Image.Image) -> np.ndarray:
     direction /= abs(direction).sum()
     gray = small @ direction
     change = changes @ direction
-    dark = np.minimum(strokes(gray, NARROW, mode="edge"), -change).clip(0)
-    light = np.minimum(strokes(-gray, NARROW, mode="edge"), change).clip(0)
+    # Most strokes are narrower than half a window; most of what paper lies between is wider.
+    dark = np.minimum(strokes(gray, WINDOW / 2, mode="edge"), -change).clip(0)
+    light = np.minimum(strokes(-gray, WINDOW / 2, mode="edge"), change).clip(0)
     if (light**3).sum() > (dark**3).sum():
         direction = -direction
     area = image.width * image.height
@@ -322,7 +322,7 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     gray = ndimage.gaussian_filter(gray, SMOOTH)
     ink = strokes(gray, WINDOW, mode="edge")
     contrast = contrast_of(ink)
-    noise = np.median(abs(gray - ndimage.gaussian_filter(gray, GRAIN)))
+    noise = np.median(abs(gray - ndimage.gaussian_filter(gray, 3 * SMOOTH)))
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
         raise NothingThere("there is nothing in it")
     ink = (ink / contrast).clip(0, 1)

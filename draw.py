@@ -37,7 +37,7 @@ from werkzeug.exceptions import HTTPException
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 import look
-from digits import Digit, NothingThere, doubt, open_picture, read_digits
+from digits import Digit, NothingThere, digits_of, doubt, open_picture
 
 PAGE = Path(__file__).with_name("draw.html")
 MAX_BYTES = 20_000_000  # of a picture
@@ -131,27 +131,26 @@ def ask(runs: dict[str, look.Run], digits: list[Digit], distance: float | None) 
     return shown
 
 
-def find(picture: io.BytesIO) -> list[Digit]:
-    """Return the digits of a picture, of which there may be none."""
+def find(file: io.BytesIO) -> tuple[Image.Image | None, list[Digit]]:
+    """Return a picture as it is read, None if it has hardly any pixels, and the digits in it."""
+    image = None
+    digits = []
     try:
-        digits = read_digits(picture)
+        image = open_picture(file)
+        digits = digits_of(image)
     except NothingThere:
-        return []
+        pass  # the page says so
     except Exception as error:  # whatever Pillow raises
         unknown = type(error).__name__ == "UnidentifiedImageError"
         reason = "save it as JPEG or PNG" if unknown else look.first_line(error)
         abort(400, f"can't read this picture: {reason}")
     if len(digits) > MOST_DIGITS:
         abort(400, f"there are {len(digits)} digits in it, and {MOST_DIGITS} are the most: crop it")
-    return digits
+    return image, digits
 
 
-def preview(picture: io.BytesIO) -> dict | None:
-    """Return a picture as it is read, for the page: browsers don't know all formats."""
-    try:
-        image = open_picture(picture)
-    except NothingThere:  # it has hardly any pixels
-        return None
+def preview(image: Image.Image) -> dict:
+    """Return a picture that was read, for the page: browsers don't know all formats."""
     width = image.width * image.info["scale"]  # boxes are in pixels of the file
     note = image.info["note"]
     image.thumbnail(PREVIEW)
@@ -162,13 +161,14 @@ def preview(picture: io.BytesIO) -> dict | None:
 
 
 def answer(
-    runs: dict[str, look.Run], picture: io.BytesIO, distance: float | None, with_preview: bool
+    runs: dict[str, look.Run], file: io.BytesIO, distance: float | None, with_preview: bool
 ) -> dict:
     """Return what the page shows of a picture, and whose answers these are."""
     legends = [ATTENTION if has_patches(run) else GRADIENT for run in runs.values()]
     names = [{"name": n, "legend": legend} for n, legend in zip(runs, legends, strict=True)]
-    digits = ask(runs, find(picture), distance)
-    return {"runs": names, "digits": digits, "preview": preview(picture) if with_preview else None}
+    image, digits = find(file)
+    shown = preview(image) if image and with_preview else None
+    return {"runs": names, "digits": ask(runs, digits, distance), "preview": shown}
 
 
 # ---------------------------------------------------------------------------- the server

@@ -427,12 +427,13 @@ def classify(run: Run, folder: Path, paths: list[Path], show: bool) -> int:
         for page in range(min(n_pages, digits.MOST_PAGES)):
             name = f"{path}, page {page + 1} of {n_pages}" if n_pages > 1 else str(path)
             try:
-                found = digits.read_digits(path, page)
+                picture = digits.open_picture(path, page)
+                found = digits.digits_of(picture)
                 say_digits(run, name, found)
                 if show:
                     suffix = f"-{page + 1}" if n_pages > 1 else ""
-                    picture = draw_found(digits.open_picture(path, page), found)
-                    print(save_found(picture, f"{path.stem}{suffix}{FOUND}", path, folder))
+                    drawn = draw_found(picture, found)
+                    print(save_found(drawn, f"{path.stem}{suffix}{FOUND}", path, folder))
             except Exception as error:
                 status = say_unread(name, error)
         if n_pages > digits.MOST_PAGES:

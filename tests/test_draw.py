@@ -268,10 +268,10 @@ def test_what_can_not_be_read_is_one_line_at_once(port, known):
 def test_nothing_is_computed_for_a_client_that_has_gone(port, monkeypatch):
     seen, may_go_on = [], threading.Event()
 
-    def slow(picture: io.BytesIO) -> list:
+    def slow(picture: io.BytesIO) -> tuple:
         seen.append(picture.getvalue())
         assert may_go_on.wait(30)
-        return []
+        return None, []
 
     monkeypatch.setattr(draw, "find", slow)
     clients = []
@@ -629,7 +629,7 @@ def slow_find(monkeypatch):
     original = draw.find
 
     def slow_find(seconds: float) -> None:
-        def find(picture: io.BytesIO) -> list:
+        def find(picture: io.BytesIO) -> tuple:
             time.sleep(seconds)
             return original(picture)
 
