@@ -1,17 +1,19 @@
 """Does a change help? Train both sides on the same seeds, and compare what they hold out.
 
     python bench.py vit.py                  # your edit of vit.py against the last commit's
-    python bench.py vit.py --dropout 0.1    # a flag against the default
-    python bench.py ideas/vit_muon.patch    # an idea of the collection
+    python bench.py vit.py --dropout 0.1    # vit.py with a flag against vit.py without
+    python bench.py ideas/vit_muon.patch    # the last commit's script with a patch and without
     python bench.py                         # what the collection says: the table and docs/ideas.png
 
 Both sides train at the same small size (FLAGS; --full for the script's own), and are tested on the
-last 10,000 training images, which are held out. After each seed the result is printed anew, so stop
-when you have seen enough; the same command goes on from there.
+last 10,000 training images, which are held out. Flags beside a patch are given to both sides. The
+result is printed anew after each seed; if you stop it, the same command goes on from there. Those
+of the ideas go into ideas/results.csv.
 
 ± is the 95 % interval of the mean difference. So of changes that do nothing, one in twenty is
-called better or worse. In the table of the collection, with its many ideas, the verdict is
-stricter: there, one whole table in twenty has such a mistake (Bonferroni).
+called better or worse, if you decide beforehand how many seeds there will be. If you stop as soon
+as there is such a word, it is one in five. In the table of the collection, with its many ideas,
+the verdict is stricter: there, one whole table in twenty has such a mistake (Bonferroni).
 """
 
 import argparse
@@ -22,7 +24,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ RUNS = HERE / "runs" / "bench"
 IDEAS = HERE / "ideas"
 RESULTS = IDEAS / "results.csv"
 COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
-# About a minute on one core. At least 10,000 images, because subset counts for those held out, too.
+# About a minute on one core. With less than --subset 10000, fewer images would be held out, too.
 FLAGS = {
     "mini_vit.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
     " --max_iters 600 --warmup_iters 100 --subset 15000",
@@ -65,24 +66,35 @@ def sides_of_script(script: str, given: list[str], size: list[str]) -> tuple[Sid
     text = (HERE / script).read_text("utf-8")
     if given:
         return Side(script, text, size), Side(script, text, size + given)
-    committed = git("show", f"HEAD:./{script}", folder=HERE)
+    committed = last_commits(script)
     if committed == text:
         fail(f"{script} is as in the last commit: edit it, or give a flag to compare")
     return Side(script, committed, size), Side(script, text, size)
 
 
 def sides_of_patch(path: Path, size: list[str]) -> tuple[Side, Side]:
-    """Compare a script with itself as a patch changes it, by a diff, by flags, or by both."""
+    """Compare a script with itself as a patch changes it, by a diff, by flags, or by both.
+
+    It is the last commit's, which the patch was made from: your edit may still be in the script.
+    """
     header = read_header(path)
     script = header["Script"]
-    text = (HERE / script).read_text("utf-8")
+    text = last_commits(script)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copy(HERE / script, folder))
+        copy = Path(folder, script)
+        copy.write_text(text, "utf-8")
         if "diff --git" in path.read_text("utf-8"):
             git("apply", str(path.resolve()), folder=Path(folder))
         changed = copy.read_text("utf-8")
     flags = shlex.split(header.get("Flags", ""))
+    if changed == text and not flags:
+        fail(f"{path} changes nothing: it needs a diff, or a line 'Flags: '")
     return Side(script, text, size), Side(script, changed, size + flags)
+
+
+def last_commits(script: str) -> str:
+    """Return the text of a script as it is in the last commit."""
+    return git("show", f"HEAD:./{script}", folder=HERE)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -101,7 +113,7 @@ def read_header(path: Path) -> dict[str, str]:
 def git(*arguments: str, folder: Path) -> str:
     """Return what a git command prints."""
     # A copy in a temporary folder is no part of a repository that the folder may lie in.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": tempfile.gettempdir()}
     command = ["git", *arguments]
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -121,14 +133,14 @@ def compare(name: str, base: Side, changed: Side, n_seeds: int, jobs: int, recor
     pairs = []
     bar = tqdm(total=2 * n_seeds, unit="run", disable=None)
 
-    def result(side: Side, seed: int) -> dict:
+    def run(side: Side, seed: int) -> dict:
         result = train(side, seed)
         bar.update()
         return result
 
     with bar, ThreadPoolExecutor(jobs) as pool:
         runs = [
-            (pool.submit(result, base, seed), pool.submit(result, changed, seed))
+            (pool.submit(run, base, seed), pool.submit(run, changed, seed))
             for seed in range(1, n_seeds + 1)
         ]
         try:
@@ -161,15 +173,19 @@ def train(side: Side, seed: int) -> dict:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode < 0:
         fail("a run was stopped; the same command goes on")
+    last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == 2:  # as argparse ends
+        fail(last_line)
     if done.returncode > 0:
-        result = {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    else:
-        with open(folder / "log.csv", newline="") as file:
-            *_, last = csv.DictReader(file)
-        columns = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
-        result = {key: float(last[column]) for key, column in columns.items()}
-        (folder / "model.pt").unlink()  # those of many runs would fill a disk
-    (folder / "result.json").write_text(json.dumps(result))
+        return {"error": last_line}
+    with open(folder / "log.csv", newline="") as file:
+        *_, last = csv.DictReader(file)
+    columns = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
+    result = {key: float(last[column]) for key, column in columns.items()}
+    temporary = folder / "result.tmp"
+    temporary.write_text(json.dumps(result))
+    temporary.replace(folder / "result.json")
+    (folder / "model.pt").unlink()  # those of many runs would fill a disk
     return result
 
 
@@ -186,17 +202,13 @@ def processor() -> str:
 
 
 # ---------------------------------------------------------------- what came of it
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % confidence interval (Student's t)."""
+def interval(differences: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the mean and half the width of its confidence interval, infinity for one seed."""
     mean = sum(differences) / len(differences)
-    return mean, half_width(differences, 0.95)
-
-
-def half_width(differences: list[float], level: float) -> float:
-    """Return half the width of the mean's confidence interval; infinity for a single seed."""
     if len(differences) < 2:
-        return math.inf
-    return float(stats.sem(differences) * stats.t.ppf((1 + level) / 2, len(differences) - 1))
+        return mean, math.inf
+    t = stats.t.ppf((1 + level) / 2, len(differences) - 1)  # Student's
+    return mean, float(stats.sem(differences) * t)
 
 
 def with_interval(differences: list[float], digits: int) -> str:
@@ -208,10 +220,10 @@ def with_interval(differences: list[float], digits: int) -> str:
 
 def verdict(differences: list[float], good: int, level: float = 0.95) -> str:
     """Return whether a change helps. good is 1 where more is better, -1 where less is."""
-    mean = sum(differences) / len(differences)
-    if len(differences) < 2:
+    mean, half = interval(differences, level)
+    if half == math.inf:
         return "one seed says little"
-    if abs(mean) <= half_width(differences, level):
+    if abs(mean) <= half:
         return "no clear difference"
     return "better" if mean * good > 0 else "worse"
 
@@ -260,8 +272,8 @@ def read_rows() -> dict[tuple, dict]:
 
 
 def write_rows(idea: str, seed: int, base: dict, changed: dict) -> None:
-    """Note both results of a seed in ideas/results.csv, in place of earlier ones."""
-    rows = read_rows()
+    """Note both results of a seed in ideas/results.csv, in place of earlier ones and their like."""
+    rows = {key: row for key, row in read_rows().items() if key[0] != idea or key[2] < seed}
     commit = git("rev-parse", "--short", "HEAD", folder=HERE).strip()
     where = {"torch": torch.__version__, "processor": processor(), "commit": commit}
     for side, result in (("base", base), ("idea", changed)):
@@ -319,12 +331,15 @@ def table_cells(pairs: list, n_ideas: int) -> str:
     """Return an idea's changes of loss, accuracy and time, and a verdict among so many ideas."""
     if error_of(pairs):
         return "fails | | | worse"
-    change = column(pairs, "loss")[2]
-    loss = with_interval(change, 4)
+    loss = with_interval(column(pairs, "loss")[2], 4)
     accuracy = with_interval(column(pairs, "accuracy", 100)[2], 2)
     before, after = fastest(pairs)
-    word = verdict(change, -1, level=1 - 0.05 / n_ideas)
-    return f"{loss} | {accuracy} | {after / before:.2f} | {word}"
+    return f"{loss} | {accuracy} | {after / before:.2f} | {strict_verdict(pairs, n_ideas)}"
+
+
+def strict_verdict(pairs: list, n_ideas: int) -> str:
+    """Return whether an idea helps, where so many are looked at (Bonferroni)."""
+    return verdict(column(pairs, "loss")[2], -1, level=1 - 0.05 / n_ideas)
 
 
 def draw(tables: dict[str, list], path: Path) -> None:
@@ -340,8 +355,9 @@ def draw(tables: dict[str, list], path: Path) -> None:
             if error_of(pairs):
                 continue
             mean, half = interval(column(pairs, "loss")[2])
-            colour = "0.5" if abs(mean) <= half else "C2" if mean < 0 else "C3"
-            axes.errorbar(mean, len(names), xerr=half, fmt="o", color=colour, ms=3, capsize=2)
+            bar = half if half < math.inf else None  # one seed has none
+            colour = {"better": "C2", "worse": "C3"}.get(strict_verdict(pairs, len(ideas)), "0.5")
+            axes.errorbar(mean, len(names), xerr=bar, fmt="o", color=colour, ms=3, capsize=2)
             names.append(name.partition("_")[2].replace("_", " "))
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.axvline(0, color="0.7", linewidth=1)
@@ -374,7 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     for target in args.target:
         path = Path(target)
-        if path.suffix != ".patch" and path.name not in FLAGS:
+        is_script = path.name in FLAGS and path.resolve().parent == HERE
+        if path.suffix != ".patch" and not is_script:
             fail(f"{target} is neither a patch nor one of {', '.join(FLAGS)}")
         script = read_header(path)["Script"] if path.suffix == ".patch" else path.name
         size = [] if args.full else FLAGS[script].split()

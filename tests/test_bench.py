@@ -70,6 +70,16 @@ def test_one_in_twenty_comparisons_of_nothing_is_called_different():
     assert 0.03 < sum(word != "no clear difference" for word in few) / len(few) < 0.07
 
 
+def test_one_in_five_is_called_different_by_who_stops_at_the_first_word():
+    random = np.random.default_rng(2)
+    n_wrong = 0
+    for _ in range(500):
+        differences = list(random.normal(0, 1, 10))
+        words = {bench.verdict(differences[:n], -1) for n in range(2, 11)}
+        n_wrong += words != {"no clear difference"}
+    assert 0.15 < n_wrong / 500 < 0.25
+
+
 def test_the_tables_verdict_allows_for_the_number_of_ideas():
     random = np.random.default_rng(1)
     n_ideas = 50
@@ -108,6 +118,24 @@ def test_a_change_that_fails_counts_as_worse(tmp_path, capsys, monkeypatch):
     assert "| fails | | | worse |" in capsys.readouterr().out
 
 
+def test_a_mistyped_flag_is_no_result(capsys):
+    with pytest.raises(SystemExit, match="unrecognized arguments: --dropuot"):
+        lines_of(capsys, "vit.py", "--dropuot", "0.1", "--seeds", "1")
+
+
+def test_an_edit_may_stay_in_the_script_when_its_patch_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    script = tmp_path / "vit.py"
+    script.write_text("dropout = 0.0\n")
+    for command in ("init", "add .", "-c user.name=a -c user.email=a@b.c commit -m first"):
+        bench.git(*command.split(), folder=tmp_path)
+    script.write_text("dropout = 0.5\n")
+    patch = tmp_path / "mine.patch"
+    patch.write_text(f"{HEADER}\n{bench.git('diff', folder=tmp_path)}")
+    base, changed = bench.sides_of_patch(patch, [])
+    assert (base.text, changed.text) == ("dropout = 0.0\n", "dropout = 0.5\n")
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path, runs, capsys, monkeypatch):
     seen = []
@@ -134,6 +162,7 @@ def test_a_killed_run_goes_on(tmp_path, runs, capsys, monkeypatch):
         (["look.py"], "is neither a patch nor"),
         (["missing.patch"], "can't read missing.patch"),
         (["headless.patch"], "needs a line 'Script: '"),
+        (["same.patch"], "same.patch changes nothing"),
         (["broken.patch"], "git apply: error: patch failed: vit.py:1"),
     ],
 )
@@ -145,6 +174,7 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, monkeypatch):
     monkeypatch.setattr(
         bench, "git", lambda *a, folder: committed if a[0] == "show" else git(*a, folder=folder)
     )
+    (tmp_path / "same.patch").write_text(HEADER)
     (tmp_path / "headless.patch").write_text("An idea.\n")
     diff = (
         "diff --git a/vit.py b/vit.py\n--- a/vit.py\n+++ b/vit.py\n@@ -1 +1 @@\n-no such\n+line\n"
