@@ -1,4 +1,15 @@
-"""vit.py is the Vision Transformer of the paper: it computes what torchvision's computes."""
+"""vit.py is the Vision Transformer of the paper: it computes what torchvision's computes.
+
+So, with an internet connection, torchvision's trained ImageNet weights can be loaded. Start Python
+with `PYTHONPATH=tests python` beside vit.py:
+
+    import vit; from test_vit import renamed; from torchvision.models import vit_b_16
+    sizes = {"n_embd": 768, "n_head": 12, "n_layers": 12, "classes": 1000}
+    model = vit.Transformer(vit.Config(image_size=224, patch_size=16, channels=3, **sizes))
+    model.load_state_dict(renamed(vit_b_16(weights="DEFAULT").state_dict()))
+
+The model expects images preprocessed by torchvision's ViT_B_16_Weights.DEFAULT.transforms().
+"""
 
 import re
 
