@@ -307,6 +307,20 @@ def test_a_file_that_lacks_its_end_is_read_as_far_as_it_goes(format, lost, train
     assert digits.read_digits(io.BytesIO(whole)).note == ""
 
 
+def test_digits_that_touch_are_separated_or_doubted(trained, tmp_path):
+    """Pairs of MNIST's digits overlap by two of its pixels."""
+    n_plain = 0
+    for left, right in zip(trained[1][:20], trained[1][20:40], strict=True):
+        left, right = (image[:, (image > 60).any(0)] for image in (left, right))
+        pair = np.zeros((28, left.shape[1] + right.shape[1] - 2), np.uint8)
+        pair[:, : left.shape[1]] = left
+        pair[:, -right.shape[1] :] |= right
+        page = np.pad(np.kron(pair, np.ones((6, 6), np.uint8)), 60)
+        found = digits.read_digits(save(Image.fromarray(255 - page), tmp_path / "pair.png"))
+        n_plain += len(found) == 1 and not found[0].hint
+    assert n_plain <= 8
+
+
 def test_why_a_reading_is_not_sure(tmp_path):
     def with_lines(*lines):
         page = np.full((300, 300), 230, np.uint8)
