@@ -3,8 +3,8 @@
 read_digits, at the top, and digits_of show the steps: open_picture opens an image file, however
 large or broken; to_gray makes colour grey; find_ink tells ink from paper, shadows and ruled lines;
 find_digits joins the parts of a digit and separates neighbours; in_rows puts digits into reading
-order; like_mnist scales them. The side of a picture is the square root of its area; lengths in
-pixels are of the picture scaled to AREA.
+order; like_mnist scales them. Below, "the side" of a picture means the square root of its area;
+lengths in pixels are of the picture scaled to AREA.
 """
 
 import math
@@ -50,12 +50,12 @@ STRONG = 0.6  # of the ink's contrast; ... and some of it at least this dark
 THIN = 1 / 20  # of the picture's shorter side, or of its own length: a printed line is thinner
 DARKER = 0.4  # of the contrast; by so much a digit is darker than the lines that it stands on
 DUST = 10  # pixels; a part or a digit that is smaller is dust
-INSIDE = 0.2  # of the height of a box or a line; what is taller may be a digit in or beside it
+INSIDE = 0.2  # of a box's or a line's height; what is taller may be a digit in or beside it
 GAP = 0.1  # of a digit's height; a gap in a broken stroke is smaller
 DASH = 6  # squares of the stroke's width; dashes are smaller, digits larger
-CORE = 0.7  # of the height of what is beside it; what is lower belongs to it
+CORE = 0.7  # of the height of a group of parts; what is lower is a piece of a digit
 TALL = 0.35  # of the tallest digit's height; what is lower is a dash, a dot or an underline
-WIDE = 1.2  # of the height; 3 % of MNIST's digits are wider, and most pairs that touch
+WIDE = 1.2  # of the height; 3 % of MNIST's digits are wider, and many pairs that touch
 BLOCK = 0.5  # of a digit's longer side; the strokes of even the boldest digit are thinner
 STROKE = 2.2  # pixels of MNIST's 20; three of four of its digits have wider strokes
 
@@ -76,7 +76,7 @@ class Digit(NamedTuple):
     """One digit of a picture."""
 
     pixels: Tensor  # (784,) uint8, MNIST's form
-    box: tuple[int, int, int, int]  # left, top, right, bottom: pixels of the picture as shown
+    box: tuple[int, int, int, int]  # left, top, right, bottom: pixels of the file, turned upright
     row: int  # row of digits it stands in, from 0 at the top
     hint: str = ""  # what it may be instead of a digit, to judge by its shape
 
@@ -126,8 +126,8 @@ def doubt(digit: Digit, probabilities: Tensor) -> str:
 def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
     """Return one page of an image file as it is shown, in RGB, with at most SHOWN pixels.
 
-    info["scale"] says how many of the file's pixels lie along one of its own, and info["note"]
-    what is missing of the picture, if anything is.
+    info["scale"] says how many of the file's pixels one of its own is wide, and info["note"] what
+    is missing of the picture, if anything is.
     """
     with open_file(source) as image:
         if page:
@@ -138,11 +138,10 @@ def open_picture(source: str | Path | BinaryIO, page: int = 0) -> Image.Image:
         size = [max(1, round(n / scale)) for n in original]
         image.draft(None, size)  # a JPEG is reduced while it is decoded
         note = ""
-        if load(image):
-            small = shrink(image, size)
-        else:
-            missing_is = 128 if image.format in ("JPEG", "MPO") else 0
-            small, note = without_the_missing(shrink(image, size), missing_is)
+        is_whole = load(image)
+        small = shrink(image, size)
+        if not is_whole:
+            small, note = without_the_missing(small, image.format in ("JPEG", "MPO"))
         if min(small.size) < SMALLEST:
             raise NothingThere("there is nothing in it")
         small.getexif()[ExifTags.Base.Orientation] = orientation(image)
@@ -236,9 +235,10 @@ def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     It is done in bands, because Pillow's steps each need a copy.
     """
     scale = image.height / size[1]
+    step = max(1, size[1] // 64)
     bands = []
-    for top in range(0, size[1], 16):
-        bottom = min(top + 16, size[1])
+    for top in range(0, size[1], step):
+        bottom = min(top + step, size[1])
         first = math.floor(top * scale)
         last = min(math.ceil(bottom * scale), image.height)
         band = image.crop((0, first, image.width, last))
@@ -254,11 +254,12 @@ def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.concatenate(bands))
 
 
-def without_the_missing(picture: Image.Image, missing_is: int) -> tuple[Image.Image, str]:
+def without_the_missing(picture: Image.Image, is_jpeg: bool) -> tuple[Image.Image, str]:
     """Return a picture without the rows that its file lacks, and what there is to say of it."""
-    last_column = np.atleast_3d(picture)[:, -1, :3]
-    there = (last_column != missing_is).any(-1).nonzero()[0]
-    rows = there[-1] + 1 if len(there) else 0
+    pixels = np.atleast_3d(picture)[..., :3]
+    # Of the last blocks of a JPEG, only the left ones may be there; what is missing is grey.
+    is_there = (pixels[:, -1] != 128).any(-1) if is_jpeg else (pixels != 0).any((1, 2))
+    rows = is_there.nonzero()[0][-1] + 1 if is_there.any() else 0
     share = 1 - rows / picture.height
     note = f"its last {share:.0%} is missing" if share else "the end of its file is missing"
     return picture.crop((0, 0, picture.width, rows)), note.replace("%", " %")
@@ -272,7 +273,8 @@ def in_rgb(picture: Image.Image) -> Image.Image:
     pixels = np.asarray(picture)
     if pixels.ndim == 2 and pixels.dtype == np.float32:
         pixels = np.nan_to_num(pixels)
-        low, high = np.percentile(pixels, (0.1, 99.9))
+        broken = min(0.1, 1000 / pixels.size)  # percent of the pixels, as sensors have them
+        low, high = np.percentile(pixels, (broken, 100 - broken))
         pixels = 255 * ((pixels - low) / max(high - low, 1e-9)).clip(0, 1)
         return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
@@ -292,14 +294,14 @@ def to_gray(image: Image.Image) -> np.ndarray:
     around them: of red ink on green paper, it keeps the difference.
     """
     small = scaled(image, LEAST_AREA)
-    light = ndimage.gaussian_filter(small, LIGHT * math.sqrt(LEAST_AREA), axes=(0, 1))
-    changes = small - light
+    changes = small - ndimage.gaussian_filter(small, LIGHT * math.sqrt(LEAST_AREA), axes=(0, 1))
     flat = changes.reshape(-1, 3)
     direction = np.linalg.eigh(flat.T @ flat)[1][:, -1]
     direction /= abs(direction).sum()
     gray = small @ direction
     change = changes @ direction
-    # Most strokes are narrower than half a window; most of what paper lies between is wider.
+    # Most strokes are narrower than half a window, most gaps between them wider. A few strong
+    # strokes outweigh much faint noise, because they are cubed.
     dark = np.minimum(strokes(gray, WINDOW / 2, mode="edge"), -change).clip(0)
     light = np.minimum(strokes(-gray, WINDOW / 2, mode="edge"), change).clip(0)
     if (light**3).sum() > (dark**3).sum():
@@ -327,6 +329,8 @@ def find_ink(gray: np.ndarray) -> np.ndarray:
     if contrast < max(LEAST_CONTRAST, NOISE_RATIO * noise, 2 * np.median(ink)):  # or half is ink
         raise NothingThere("there is nothing in it")
     ink = (ink / contrast).clip(0, 1)
+    # With paper beyond the edge, strokes that it cuts off are whole, but frames and desks are ink,
+    # too. Those have little ink where the picture goes on beyond the edge as it is there.
     on_paper = strokes(gray, WINDOW, mode="constant", constant_values=gray.max())
     whole = (on_paper / contrast).clip(0, 1)
     for part in regionprops(label(whole > FAINT)):
@@ -394,9 +398,9 @@ def find_digits(ink: np.ndarray) -> list:
         for group in regionprops(labels):
             pieces = separate(group.image, ink[group.slice])
             labels[group.slice][group.image] = pieces[group.image] + labels.max()
-    digits = regionprops(labels)
-    least = max(DUST, TALL * max(len(digit.image) for digit in digits))
-    return [digit for digit in digits if len(digit.image) >= least and is_like_a_digit(digit)]
+    digits = [group for group in regionprops(labels) if is_like_a_digit(group)]
+    least = max(DUST, TALL * max((len(digit.image) for digit in digits), default=0))
+    return [digit for digit in digits if len(digit.image) >= least]
 
 
 def find_parts(ink: np.ndarray) -> np.ndarray:
@@ -404,8 +408,10 @@ def find_parts(ink: np.ndarray) -> np.ndarray:
     labels = label(apply_hysteresis_threshold(ink, FAINT, STRONG))
     parts = [part for part in regionprops(labels) if max(part.image.shape) >= DUST]
     tallest = max((len(part.image) for part in parts), default=0)
-    large = [part for part in parts if len(part.image) > INSIDE**2 * tallest]
-    written = [part.label for part in parts if part not in large or not is_printed(part, large)]
+    least = INSIDE**2 * tallest  # what lies in a box or beside a line is larger
+    large = [part for part in parts if len(part.image) > least]
+    printed = [part.label for part in large if is_printed(part, large)]
+    written = [part.label for part in parts if part.label not in printed]
     return np.isin(labels, written)
 
 
@@ -417,12 +423,12 @@ def is_printed(part, parts: list) -> bool:
     if others and width < height / 5 and CORE * height > max(len(o.image) for o in others):
         return True
     for other in others:
-        a, b, c, d = other.bbox
-        if top <= a and left <= b and c <= bottom and d <= right:
+        its_top, its_left, its_bottom, its_right = other.bbox
+        if top <= its_top and left <= its_left and its_bottom <= bottom and its_right <= right:
             y, x = other.coords.T
             is_in_hole = part.image_filled[y - top, x - left].all()
-            away = ndimage.distance_transform_edt(~part.image)[y - top, x - left].min()
-            if is_in_hole or away > GAP * len(other.image):
+            to_ink = ndimage.distance_transform_edt(~part.image)[y - top, x - left].min()
+            if is_in_hole or to_ink > GAP * len(other.image):  # or it is a broken stroke's piece
                 return True
     return False
 
@@ -461,10 +467,13 @@ def side_by_side(there: np.ndarray) -> np.ndarray:
 def is_like_a_digit(part) -> bool:
     """Return whether a part's shape may be a digit's: it is no block, no dash, no scribble."""
     height, width = part.image.shape
-    is_block = stroke_width(part.image) > BLOCK * max(height, width)
+    stroke = stroke_width(part.image)
+    is_block = stroke > BLOCK * max(height, width)
+    # In a row of digits that touch, there is more ink than in a line through it.
+    is_dash = height < TALL * width and part.area < 2 * stroke * width
     holes = regionprops(label(part.image_filled & ~part.image))
     n_holes = sum(hole.area > part.image.size / 200 for hole in holes)
-    return not is_block and TALL * width < height and n_holes <= 3
+    return not is_block and not is_dash and n_holes <= max(3, 2 * width / height)
 
 
 def hint_of(part) -> str:
@@ -473,7 +482,7 @@ def hint_of(part) -> str:
     if width > WIDE * height:
         return "may be several digits"
     stroke = stroke_width(part.image)
-    # skimage's axis is an ellipse's; the side of a rectangle with the same spread is sqrt(3) / 2.
+    # skimage's axis is an ellipse's; a rectangle's side with the same spread is sqrt(3) / 2 of it.
     is_straight = part.axis_minor_length * math.sqrt(3) / 2 < 1.05 * stroke
     if is_straight and stroke < THIN * height:
         return "may be a line"
@@ -487,7 +496,10 @@ def hint_of(part) -> str:
 
 
 def stroke_width(ink: np.ndarray) -> float:
-    """Return the mean width of strokes. The distances to paper in one of 7 are 1 2 3 4 3 2 1."""
+    """Return about one more than the mean width of strokes, as where STROKE is from.
+
+    Across a stroke of 7, distances to paper are 1 2 3 4 3 2 1; 4 times their mean, less 1, is 8.
+    """
     padded = np.pad(ink, 1)
     return 4 * ndimage.distance_transform_edt(padded)[padded].mean() - 1
 
@@ -517,7 +529,7 @@ def like_mnist(ink: np.ndarray) -> Tensor:
     """Return ink in MNIST's form, (784,) uint8 (LeCun et al. 1998).
 
     It is light on dark, scaled into 20 x 20 pixels, its centre of mass in the middle of 28 x 28.
-    Strokes become as wide as most of MNIST's.
+    Thin strokes become as wide as most of MNIST's.
     """
     large = resized(ink, 80)  # four times as large as MNIST's
     missing = 4 * STROKE - stroke_width(large > large.max() / 2)

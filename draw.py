@@ -10,6 +10,7 @@ each run. Only this machine gets an answer, unless --host lets others in. Nothin
 import argparse
 import base64
 import errno
+import hashlib
 import io
 import ipaddress
 import logging
@@ -18,7 +19,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import webbrowser
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 import waitress
 from flask import Flask, abort, request, send_file
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from werkzeug.exceptions import HTTPException
 
@@ -140,10 +140,10 @@ def find(file: io.BytesIO) -> tuple[Image.Image | None, list[Digit]]:
         digits = digits_of(image)
     except NothingThere:
         pass  # the page says so
-    except Exception as error:  # whatever Pillow raises
-        unknown = type(error).__name__ == "UnidentifiedImageError"
-        reason = "save it as JPEG or PNG" if unknown else look.first_line(error)
-        abort(400, f"can't read this picture: {reason}")
+    except UnidentifiedImageError:
+        abort(400, "can't read this picture: save it as JPEG or PNG")
+    except Exception as error:  # whatever else Pillow raises
+        abort(400, f"can't read this picture: {look.first_line(error)}")
     if len(digits) > MOST_DIGITS:
         abort(400, f"there are {len(digits)} digits in it, and {MOST_DIGITS} are the most: crop it")
     return image, digits
@@ -185,7 +185,7 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
         # Another site can point its own name at this machine (DNS rebinding). Flask's own
         # TRUSTED_HOSTS can't do this: it knows no IPv6 addresses.
         if urlsplit(f"//{request.host}").hostname not in names:
-            abort(403, "this isn't this machine's name: use the address that draw.py has printed")
+            abort(403, "draw.py doesn't know this address: use the one that it printed")
         if request.origin not in (None, request.host_url.rstrip("/")):
             abort(403, "requests from other sites' pages are refused")
 
@@ -203,7 +203,7 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
         with_preview = "preview" in request.args
 
         def compute():
-            if is_gone():  # as the page is once something else is on the sheet
+            if is_gone():  # the page does so once something else is on the sheet
                 return ""
             return answer(runs, io.BytesIO(stream.read()), distance, with_preview)
 
@@ -213,13 +213,13 @@ def make_app(runs: dict[str, look.Run], names: set[str]) -> Flask:
     def save():
         """Return the labelled digits that the page sends as PNGs in folders 0 to 9."""
         file = io.BytesIO()
-        now = time.strftime("%Y%m%d-%H%M%S")  # so that the next ZIP doesn't replace these
         with zipfile.ZipFile(file, "w") as archive:
-            for i, (label, pixels) in enumerate(request.get_json(), 1):
-                with archive.open(f"{label:d}/{now}-{i}.png", "w") as png:
+            for label, pixels in request.get_json():
+                name = hashlib.sha256(bytes(pixels)).hexdigest()[:12]  # the same one saved again
+                with archive.open(f"{label:d}/{name}.png", "w") as png:
                     Image.frombytes("L", (28, 28), bytes(pixels)).save(png, "PNG")
         file.seek(0)
-        return send_file(file, as_attachment=True, download_name=f"digits-{now}.zip")
+        return send_file(file, as_attachment=True, download_name="digits.zip")
 
     @app.errorhandler(HTTPException)
     def in_one_line(error: HTTPException):
@@ -236,14 +236,14 @@ def make_server(app: Flask, listener: socket.socket):
     return waitress.create_server(
         app,
         sockets=[listener],
-        threads=8,  # which wait for the one that computes, or send the page
+        threads=32,  # which wait for the one that computes, or send the page
         connection_limit=connection_limit(),
         asyncore_use_poll=True,  # select() fails above 1023 descriptors
         channel_timeout=10,  # seconds that a client may be silent
         cleanup_interval=1,
         channel_request_lookahead=1,  # or waitress won't notice that a client has hung up
         inbuf_overflow=2**16,  # bytes of a picture; what is more goes to a temporary file
-        recv_bytes=2**16,  # at once: each time, waitress looks at all clients
+        recv_bytes=2**16,  # at once: for each read, waitress looks at all clients
         max_request_body_size=2 * MAX_BYTES,  # so that Flask says what is wrong
     )
 

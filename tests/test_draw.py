@@ -720,14 +720,14 @@ def test_a_server_that_comes_back_is_asked_by_itself_and_tells_its_own_names(bro
 # ---------------------------------------------------------------------------- the answer
 def test_each_run_has_its_bars_and_says_what_its_heat_map_shows(page, known):
     page.paste(on_sheet(known[0][:2]))
-    assert [element.text for element in page.all(".run h2")] == 2 * ["mini_vit", "vit"]
+    assert [element.text for element in page.all(".run h3")] == 2 * ["mini_vit", "vit"]
     for i, run in enumerate(page.all(".run")):
         rows = [row.text.split() for row in run.find_elements("css selector", "li")]
         assert len(rows) == 3 and rows[0][0] == page.numbers()[i % 2][i // 2]
         legend = run.find_element("css selector", ".faint").text
         assert ("class token" if i % 2 else "blue opposes it") in legend
-    page.click(".all")
-    assert page.driver.switch_to.active_element.text == "Three likeliest"  # focus has stayed
+    page.click("#all")
+    assert page.driver.switch_to.active_element.text == "Show the three likeliest"
     for run in page.all(".run"):
         rows = [row.text.split() for row in run.find_elements("css selector", "li")]
         assert [row[0] for row in rows] == list("0123456789")
@@ -750,7 +750,7 @@ def test_fool_it(page, known):
     page.paste(on_sheet(known[0][:1]))
     assert not page.all(".fooled") and not page.find("#distance").is_displayed()
     page.click("#fool")
-    assert "moved against mini_vit" in page.all(".fooled")[0].text
+    assert "changed to fool mini_vit" in page.all(".fooled")[0].text
     assert len(re.findall(r"vit reads \d, \d+\.\d %", page.all(".fooled")[1].text)) == 2
     page.run("distance.value = 0; distance.oninput()")
     assert f"mini_vit reads {page.numbers()[0]}" in page.all(".fooled")[0].text
