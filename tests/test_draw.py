@@ -783,6 +783,17 @@ def test_what_is_it_counts_and_saves(page, known, tmp_path):
     assert sorted(int(name[0]) for name in names) == sorted(labels[:2])
 
 
+def test_a_label_belongs_to_its_digit_alone(page):
+    pressed = "return [...document.querySelectorAll('.labels [aria-pressed=true]')].length"
+    page.draw(seven()).wait().click('[data-key="0-7"]')
+    page.click("#undo")
+    assert page.draw(seven()).wait().run(pressed) == 0  # another seven, in the same place
+    page.click("#all")
+    page.click('[data-key="0-7"]')
+    assert page.run(pressed) == 1
+    assert page.find("#counts").text.startswith("mini_vit: 2 right")
+
+
 # ---------------------------------------------------------------------------- keys and pointers
 def test_undo_redo_and_clear_by_button_and_by_key(page):
     for x in (-300, -100, 100):
@@ -895,7 +906,7 @@ def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
     page.draw(seven()).wait()
     (tmp_path / "letter.txt").write_text("no picture")
     (tmp_path / "large.png").write_bytes(b"\0" * 25_000_000)
-    cases = {"letter.txt": "save it as JPEG or PNG", "large.png": "this one has 25"}
+    cases = {"letter.txt": "save it as JPEG or PNG", "large.png": "This picture has 25"}
     for name, words in cases.items():
         page.drop(tmp_path / name).wait_until("notice.textContent")
         assert words in page.find("#notice").text
@@ -904,7 +915,7 @@ def test_what_is_no_picture_is_said_and_changes_nothing(page, tmp_path):
         assert not page.find("#notice").text
         page.click("#undo")
     page.drop(text="https://example.com/seven.png").wait_until("notice.textContent")
-    assert "That is no picture" in page.find("#notice").text
+    assert "There is no picture in that" in page.find("#notice").text
     assert page.numbers() == ["7", "7"]
 
 
