@@ -10,10 +10,11 @@ last 10,000 training images, which are held out. Flags beside a patch are given 
 result is printed anew after each seed; if you stop it, the same command goes on from there. Those
 of the ideas go into ideas/results.csv.
 
-± is the 95 % interval of the mean difference. So of changes that do nothing, one in twenty is
-called better or worse, if you decide beforehand how many seeds there will be. If you stop as soon
-as there is such a word, it is one in five. In the table of the collection, with its many ideas,
-the verdict is stricter: there, one whole table in twenty has such a mistake (Bonferroni).
+± is the 95 % interval of the mean difference. So of changes that do nothing, the loss of one in
+twenty is called better or worse (and the accuracy of one in twenty), if you decide beforehand how
+many seeds there will be. If you stop as soon as there is such a word, it is one in five. In the
+table of the collection, with its many ideas, the verdict is stricter: there, one whole table in
+twenty has such a mistake (Bonferroni).
 """
 
 import argparse

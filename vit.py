@@ -393,9 +393,9 @@ def adversarial_images(model: nn.Module, images: Tensor, labels: Tensor, distanc
     """Return images (B, 784), each pixel moved by `distance` in the direction that raises the loss.
 
     Black is 0 and white 1; pixels may leave that range. This is the fast gradient sign method
-    (Goodfellow et al. 2015, arXiv:1412.6572). It takes a second pass, as long as the training pass,
-    and keeps a network from memorizing its images. Dropout is on, but drops other features than in
-    the training pass.
+    (Goodfellow et al. 2015, arXiv:1412.6572). It takes a second pass, about two thirds as long as
+    the training pass, and keeps a network from memorizing its images. Dropout is on, but drops
+    other features than in the training pass.
     """
     pixels = (images / 255).requires_grad_()
     loss = F.cross_entropy(model(pixels), labels)
@@ -506,8 +506,8 @@ def is_evaluated(step: int, config: Config) -> bool:
 def train(config: Config, checkpoint: dict | None = None, resume: bool = False) -> None:
     """Train and print the results; go on from the checkpoint, if there is one.
 
-    A checkpoint is written about once a minute, and a run that is stopped in any way goes on from
-    there (--resume). A new run gets its folder after its first step, because a start that fails
+    Checkpoints are written on the way, and a run that is stopped in any way goes on from the last
+    one (--resume). A new run gets its folder after its first step, because a start that fails
     should leave no trace.
     """
     device, rank, world = set_up(config)
