@@ -3,10 +3,11 @@
     python vit.py             # train; flags and torchrun as in mini_vit.py
     diff mini_vit.py vit.py   # what makes a ViT a ViT
 
-An image is cut into patches, which are its tokens, and attention works among them. 803,338
-parameters reach 99.43 ± 0.05 % on the test set (mean and standard deviation of ten runs), in 6
-minutes on two cores of an Intel Xeon with AMX (bfloat16, torch 2.15.0). With ViT-B/16's settings
-the model has 86,567,656 parameters and, given torchvision's weights, computes torchvision's logits.
+An image is cut into patches, which are its tokens, and attention works among them. Each step looks
+at 512 images and trains on the 128 with the highest loss. 803,338 parameters reach 99.54 ± 0.03 %
+on the test set (mean and standard deviation of three seeds), in 5 minutes on two cores of an Intel
+Xeon with AMX (bfloat16, torch 2.15.0). With ViT-B/16's settings the model has 86,567,656 parameters
+and, given torchvision's weights, computes torchvision's logits.
 """
 
 import argparse
@@ -47,8 +48,8 @@ SAVE_SECONDS = 60  # between two checkpoints; more where saving takes more than 
 # flags, too, if they are an int, float, bool, str or a Literal of strings.
 @dataclass
 class Config:
-    batch_size: int = 128  # images per optimizer step; lower it if memory runs out
-    max_iters: int = 9000  # optimizer steps; 60000 / batch_size of them are one pass
+    batch_size: int = 512  # images per optimizer step; lower it if memory runs out
+    max_iters: int = 4300  # optimizer steps; 60000 / batch_size of them are one pass
     eval_interval: int = 500  # optimizer steps between two evaluations
     learning_rate: float = 2e-3  # AdamW's, at its peak
     warmup_iters: int = 200  # optimizer steps until the peak; then a cosine falls to 0 at max_iters
@@ -57,7 +58,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0  # of the embedding, after attention and after feed-forward
     adversarial: float = 0.0  # pixels (black 0, white 1) move this far to raise the loss; 0: off
-    easy_share: float = 0.0  # share of each batch to leave out: the images with the lowest loss
+    easy_share: float = 0.75  # share of each batch to leave out: the images with the lowest loss
     rotation: float = 12.0  # augmentation: largest angle, in degrees, either way
     scaling: float = 0.15  # augmentation: largest change of width and of height, as a share
     shear: float = 0.2  # augmentation: largest slant, horizontal pixels per vertical pixel

@@ -53,7 +53,7 @@ def test_readme_says_what_results_says(script):
     said, cpu, gpu = IN_README[script], ON_CPU[script], ON_GPU[script]
     assert said["parameters"] == cpu["parameters"] == gpu["parameters"]
     on_cpu = re.sub(FOOTNOTE, "", said["two CPU cores"])
-    minutes = round(float(cpu["minutes"]))
+    minutes = round(float(re.sub(FOOTNOTE, "", cpu["minutes"])))
     assert on_cpu == f"{accuracy(cpu)}, {minutes} min"
     on_gpu = re.sub(FOOTNOTE, "", said["one GPU"])
     seconds = re.sub(FOOTNOTE, "", gpu["seconds ¹"])

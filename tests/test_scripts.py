@@ -117,12 +117,11 @@ def test_a_copy_alone_in_a_folder_learns(script, tmp_path):
     if script == "mini_vit_concat":
         # 16 features and 150 steps are too few for adversarial images.
         shape = [*TINY[script], "--adversarial", "0"]
-    elif script == "mini_vit_augment":
-        # 150 steps are too few for harder images.
-        shape += ["--easy_share", "0"]
     elif script == "vit":
         shape = "--n_embd 128 --n_layers 2 --learning_rate 2e-3".split() + STILL
         enough = 700  # tokens of patches need more steps
+    if script in ("mini_vit_augment", "vit"):
+        shape += ["--easy_share", "0"]  # 150 steps are too few for harder images
     flags = "--subset 1500 --batch_size 50 --max_iters 150 --eval_interval 75 --warmup_iters 10"
     flags += " --device cpu --learning_rate 5e-4"
     shutil.copy(ROOT / f"{script}.py", tmp_path / "alone.py")
