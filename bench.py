@@ -1,4 +1,4 @@
-"""Does a change help? Train both sides on the same seeds, and compare what they hold out.
+"""Does a change help? Train with it and without, on the same seeds, and compare the losses.
 
     python bench.py vit.py                  # your edit of vit.py against the last commit's
     python bench.py vit.py --dropout 0.1    # vit.py with a flag against vit.py without
@@ -8,18 +8,19 @@
 Both sides train at the same small size (FLAGS; --full for the script's own), and are tested on the
 last 10,000 training images, which are held out. Flags beside a patch are given to both sides. The
 result is printed anew after each seed; if you stop it, the same command goes on from there. Those
-of the ideas go into ideas/results.csv.
+of a patch in ideas/, with no further flags, go into ideas/results.csv.
 
-± is the 95 % interval of the mean difference. So of changes that do nothing, the loss of one in
-twenty is called better or worse (and the accuracy of one in twenty), if you decide beforehand how
-many seeds there will be. If you stop as soon as there is such a word, it is one in five. In the
-table of the collection, with its many ideas, the verdict is stricter: there, one whole table in
-twenty has such a mistake (Bonferroni).
+± is the 95 % interval of the mean difference, over seeds; the images tested on are always the same.
+So if you decide beforehand how many seeds there will be, one in twenty changes that do nothing gets
+the verdict "better" or "worse" for its loss, and one in twenty for its accuracy. If you stop at the
+first such verdict within ten seeds, it is one in five. The tables of the collection, with their
+many ideas, are stricter: there, one table in twenty has such a mistake (Bonferroni).
 """
 
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -30,9 +31,11 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple, NoReturn
 
 import torch
+from filelock import FileLock
 from scipy import stats
 from tqdm.auto import tqdm
 
@@ -41,8 +44,12 @@ RUNS = HERE / "runs" / "bench"
 IDEAS = HERE / "ideas"
 RESULTS = IDEAS / "results.csv"
 COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
-# About a minute on one core. With less than --subset 10000, fewer images would be held out, too.
-# vit.py trains on all images of a batch here: looking for the hardest takes as long again.
+FIGURES = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
+TICKS = [-0.1, -0.03, -0.01, -0.005, 0, 0.005, 0.01, 0.03, 0.1, 0.3]
+OURS = "--seed --holdout --resume --out_dir --data_dir --eval_interval".split()
+# The small sizes: about a minute on one core. --subset limits the held-out images as well, so it
+# must not be below 10000. vit.py trains on all images of a batch here (--easy_share 0): to look
+# for the hardest would double the time.
 FLAGS = {
     "mini_vit.py": "--n_layers 4 --first_layers 1 --n_head 14 --d_head 20 --n_embd 280"
     " --max_iters 600 --warmup_iters 100 --subset 15000",
@@ -107,7 +114,7 @@ def read_header(path: Path) -> dict[str, str]:
     except (OSError, UnicodeError) as error:
         fail(f"can't read {path} ({error})")
     idea, *lines = text.partition("diff --git")[0].splitlines() or [""]
-    header = {"Idea": idea} | dict(line.split(": ", 1) for line in lines if ": " in line)
+    header = {"Idea": idea} | dict(line.strip().split(": ", 1) for line in lines if ": " in line)
     if header.get("Script") not in FLAGS:
         fail(f"{path} needs a line 'Script: ' that names one of {', '.join(FLAGS)}")
     return header
@@ -115,11 +122,13 @@ def read_header(path: Path) -> dict[str, str]:
 
 def git(*arguments: str, folder: Path) -> str:
     """Return what a git command prints."""
-    # A copy in a temporary folder is no part of a repository that the folder may lie in.
+    # Even if temporary folders lie within a repository, a copy in one is no part of it.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": tempfile.gettempdir()}
     command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, encoding="utf-8"
+        )
     except FileNotFoundError:
         fail("this needs git, which is not installed")
     if done.returncode:
@@ -165,9 +174,19 @@ def train(side: Side, seed: int) -> dict:
     what = json.dumps([side.text, flags, torch.__version__, processor()])
     digest = hashlib.sha256(what.encode()).hexdigest()[:16]
     folder = RUNS / f"{Path(side.script).stem}-{digest}"
-    if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "bench.lock"):  # another bench.py may need the same run
+        if not (folder / "result.json").exists():
+            result = run_script(side, flags, folder)
+            if "error" in result:
+                return result
+            write_whole(folder / "result.json", json.dumps(result))
+            (folder / "model.pt").unlink()  # those of many runs would fill a disk
+        return json.loads((folder / "result.json").read_text())
+
+
+def run_script(side: Side, flags: list[str], folder: Path) -> dict:
+    """Train in a folder, or go on there; return the loss, accuracy and seconds, or the error."""
     (folder / side.script).write_text(side.text, "utf-8")
     command = [sys.executable, side.script, "--resume", "--out_dir", str(folder), *flags]
     command += ["--data_dir", str(HERE / "data"), "--eval_interval", str(10**9)]
@@ -175,25 +194,28 @@ def train(side: Side, seed: int) -> dict:
     environment = os.environ | one_thread
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode < 0:
-        fail("a run was stopped; the same command goes on")
+        fail(f"a run was stopped by signal {-done.returncode}; the same command goes on")
     last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode == 2:  # as argparse ends
         fail(last_line)
     if done.returncode > 0:
+        tqdm.write(done.stderr, sys.stderr)  # a traceback says where
         return {"error": last_line}
     with open(folder / "log.csv", newline="") as file:
         *_, last = csv.DictReader(file)
-    columns = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
-    result = {key: float(last[column]) for key, column in columns.items()}
-    temporary = folder / "result.tmp"
-    temporary.write_text(json.dumps(result))
-    temporary.replace(folder / "result.json")
-    (folder / "model.pt").unlink()  # those of many runs would fill a disk
-    return result
+    result = {key: float(last[column]) for key, column in FIGURES.items()}
+    return result if math.isfinite(result["loss"]) else {"error": "the held-out loss is not finite"}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; if that is stopped, the old one stays."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
 
 
 def processor() -> str:
-    """Return the name of the GPU or the CPU, and the precision that the scripts choose there."""
+    """Return the name of the GPU, or of the CPU and the precision that the scripts choose there."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -207,7 +229,7 @@ def processor() -> str:
 # ---------------------------------------------------------------- what came of it
 def interval(differences: list[float], level: float = 0.95) -> tuple[float, float]:
     """Return the mean and half the width of its confidence interval, infinity for one seed."""
-    mean = sum(differences) / len(differences)
+    mean = fmean(differences)
     if len(differences) < 2:
         return mean, math.inf
     t = stats.t.ppf((1 + level) / 2, len(differences) - 1)  # Student's
@@ -215,17 +237,14 @@ def interval(differences: list[float], level: float = 0.95) -> tuple[float, floa
 
 
 def with_interval(differences: list[float], digits: int) -> str:
-    """Return the mean with its interval as text; a single seed has none."""
+    """Return the mean with its interval as text."""
     mean, half = interval(differences)
-    text = f"{mean:+.{digits}f}"
-    return text if half == math.inf else f"{text} ± {half:.{digits}f}"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
 
 
 def verdict(differences: list[float], good: int, level: float = 0.95) -> str:
     """Return whether a change helps. good is 1 where more is better, -1 where less is."""
     mean, half = interval(differences, level)
-    if half == math.inf:
-        return "one seed says little"
     if abs(mean) <= half:
         return "no clear difference"
     return "better" if mean * good > 0 else "worse"
@@ -236,7 +255,7 @@ def column(pairs: list, key: str, scale: float = 1.0) -> tuple[float, float, lis
     before = [scale * base[key] for base, _ in pairs]
     after = [scale * changed[key] for _, changed in pairs]
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    return sum(before) / len(pairs), sum(after) / len(pairs), differences
+    return fmean(before), fmean(after), differences
 
 
 def fastest(pairs: list) -> tuple[float, float]:
@@ -246,7 +265,7 @@ def fastest(pairs: list) -> tuple[float, float]:
 
 def error_of(pairs: list) -> str:
     """Return the error of a seed with which the changed side fails, or ""."""
-    return next((changed["error"] for _, changed in pairs if "error" in changed), "")
+    return next((changed["error"] for _, changed in pairs if changed.get("error")), "")
 
 
 def summary(name: str, pairs: list) -> str:
@@ -271,46 +290,44 @@ def read_rows() -> dict[tuple, dict]:
     if not RESULTS.exists():
         return {}
     with open(RESULTS, newline="", encoding="utf-8") as file:
-        return {(row["idea"], row["side"], int(row["seed"])): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["seed"] = int(row["seed"])
+        if not row["error"]:
+            row |= {key: float(row[key]) for key in FIGURES}
+    return {(row["idea"], row["side"], row["seed"]): row for row in rows}
 
 
 def write_rows(idea: str, seed: int, base: dict, changed: dict) -> None:
-    """Note both results of a seed in ideas/results.csv, in place of earlier ones and their like."""
-    rows = {key: row for key, row in read_rows().items() if key[0] != idea or key[2] < seed}
+    """Note both results of a seed in ideas/results.csv.
+
+    If another loss stood there, script or patch have changed since: rows of further seeds go.
+    """
     commit = git("rev-parse", "--short", "HEAD", folder=HERE).strip()
     where = {"torch": torch.__version__, "processor": processor(), "commit": commit}
-    for side, result in (("base", base), ("idea", changed)):
-        rows[idea, side, seed] = {"idea": idea, "side": side, "seed": seed} | result | where
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with FileLock(RUNS / "results.lock"):  # another bench.py may add its own rows
+        rows = read_rows()
+        for side, result in (("base", base), ("idea", changed)):
+            new = {"idea": idea, "side": side, "seed": seed} | result | where
+            if rows.get((idea, side, seed), new).get("loss") != new.get("loss"):
+                rows = {key: row for key, row in rows.items() if key[0] != idea or key[2] <= seed}
+            rows[idea, side, seed] = new
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
-
-
-def read_pairs(idea: str, rows: dict[tuple, dict]) -> list:
-    """Return the pairs of results that ideas/results.csv has of an idea."""
-    pairs = []
-    for name, side, seed in rows:
-        if name == idea and side == "base" and (idea, "idea", seed) in rows:
-            both = rows[idea, "base", seed], rows[idea, "idea", seed]
-            pairs.append(tuple(map(as_result, both)))
-    return pairs
-
-
-def as_result(row: dict) -> dict:
-    """Return what train() returned for a row."""
-    if row["error"]:
-        return {"error": row["error"]}
-    return {key: float(row[key]) for key in ("loss", "accuracy", "seconds")}
+        write_whole(RESULTS, text.getvalue())
 
 
 def show_collection() -> None:
     """Print a Markdown table for each script, and draw them all into docs/ideas.png."""
     rows = read_rows()
-    tables = {}  # of each script, its ideas with their pairs
+    tables = {}  # of each script, its ideas with their pairs of results
     for path in sorted(IDEAS.glob("*.patch")):
         header = read_header(path)
-        if pairs := read_pairs(path.stem, rows):
+        seeds = sorted(seed for idea, side, seed in rows if (idea, side) == (path.stem, "idea"))
+        pairs = [(rows[path.stem, "base", seed], rows[path.stem, "idea", seed]) for seed in seeds]
+        if pairs:
             tables.setdefault(header["Script"], []).append((path.stem, header["Idea"], pairs))
     if not tables:
         fail(f"{RESULTS} holds no results")
@@ -350,23 +367,26 @@ def draw(tables: dict[str, list], path: Path) -> None:
     from matplotlib.figure import Figure
 
     most = max(map(len, tables.values()))
-    figure = Figure((6 * len(tables), 0.18 * most + 1.4), layout="constrained")
-    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    figure = Figure((6 * len(tables), 0.18 * most + 1.6), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False, sharex=True)[0]
+    colours = {"better": "C2", "worse": "C3"}
     for axes, (script, ideas) in zip(panels, tables.items(), strict=True):
-        names = []
-        for name, _, pairs in ideas:
-            if error_of(pairs):
-                continue
+        works = [(name, pairs) for name, _, pairs in ideas if not error_of(pairs)]
+        for y, (_, pairs) in enumerate(works):
             mean, half = interval(column(pairs, "loss")[2])
-            bar = half if half < math.inf else None  # one seed has none
-            colour = {"better": "C2", "worse": "C3"}.get(strict_verdict(pairs, len(ideas)), "0.5")
-            axes.errorbar(mean, len(names), xerr=bar, fmt="o", color=colour, ms=3, capsize=2)
-            names.append(name.partition("_")[2].replace("_", " "))
+            colour = colours.get(strict_verdict(pairs, len(ideas)), "0.5")
+            axes.errorbar(mean, y, xerr=half, fmt="o", color=colour, ms=3, capsize=2)
+        names = [
+            f"{name.partition('_')[2].replace('_', ' ')} ({len(pairs)})" for name, pairs in works
+        ]
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.axvline(0, color="0.7", linewidth=1)
-        axes.set_xscale("symlog", linthresh=0.01)
+        axes.axvline(0, color="0.4", linewidth=1)
+        axes.set_xscale("symlog", linthresh=0.01)  # even up to 0.01, logarithmic beyond
+        axes.set_xticks(TICKS, TICKS, fontsize=8)
+        axes.grid(axis="x", color="0.9")
         axes.invert_yaxis()
-        axes.set(title=script, xlabel="change of held-out loss (left is better)")
+        axes.set(title=script, xlabel="change of held-out loss")
+    figure.suptitle("green: better, red: worse, grey: no clear difference; (number of seeds)")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -379,35 +399,43 @@ def fail(message: str) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line, sys.argv if argv is None."""
-    description = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser("bench.py", description=description, allow_abbrev=False)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "bench.py", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("target", nargs="*", help="a script, with flags of it or edited; or patches")
     add("--seeds", type=int, default=10, help="of each side (default: 10)")
     add("--jobs", type=int, help="runs side by side (default: one per core; one on a GPU)")
     add("--full", action="store_true", help="train at the script's own size")
     args, given = parser.parse_known_args(argv)
+    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    if min(args.seeds, jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    for flag in given:
+        if flag.partition("=")[0] in OURS:
+            parser.error(f"{flag} is set by bench.py itself")
     if not args.target:
         show_collection()
-        return
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    for target in args.target:
-        path = Path(target)
-        is_script = path.name in FLAGS and path.resolve().parent == HERE
-        if path.suffix != ".patch" and not is_script:
-            fail(f"{target} is neither a patch nor one of {', '.join(FLAGS)}")
-        script = read_header(path)["Script"] if path.suffix == ".patch" else path.name
-        size = [] if args.full else FLAGS[script].split()
-        name = f"{script}, {shlex.join(given) or 'your edit'}"
-        record = ""
-        if path.suffix == ".patch":
-            sides = sides_of_patch(path, size + given)
-            name = f"{script}, {target}"
-            if path.resolve().parent == IDEAS and not given and not args.full:
-                record = path.stem
-        else:
-            sides = sides_of_script(script, given, size)
+    comparisons = [plan(target, given, args.full) for target in args.target]
+    for name, sides, record in comparisons:
         compare(name, *sides, args.seeds, jobs, record)
+
+
+def plan(target: str, given: list[str], full: bool) -> tuple[str, tuple[Side, Side], str]:
+    """Return a comparison's name, its two sides, and the idea to record it as, or ""."""
+    path = Path(target)
+    is_patch = path.suffix == ".patch"
+    if not is_patch and not (path.name in FLAGS and path.resolve().parent == HERE):
+        fail(f"{target} is neither a patch nor one of {', '.join(FLAGS)} in {HERE}")
+    script = read_header(path)["Script"] if is_patch else path.name
+    size = [] if full else FLAGS[script].split()
+    if not is_patch:
+        name = f"{script}, {shlex.join(given) or 'your edit'}"
+        return name, sides_of_script(script, given, size), ""
+    is_idea = path.resolve().parent == IDEAS and not given and not full
+    name = f"{script}, {shlex.join([target, *given])}"
+    return name, sides_of_patch(path, size + given), path.stem if is_idea else ""
 
 
 if __name__ == "__main__":

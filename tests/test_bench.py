@@ -1,6 +1,8 @@
 """bench.py: it finds a difference that is there, and none between equal sides."""
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -106,6 +108,35 @@ def test_a_patch_is_recorded_and_its_runs_are_not_repeated(tmp_path, capsys, mon
     assert (tmp_path / "docs" / "ideas.png").exists()
 
 
+def test_rows_of_other_seeds_stay_unless_the_result_has_changed(runs):
+    def note(seed, loss):
+        base = {"loss": 1.0, "accuracy": 0.5, "seconds": 1.0}
+        bench.write_rows("mine", seed, base, base | {"loss": loss})
+        return sorted(seed for _, side, seed in bench.read_rows() if side == "idea")
+
+    assert [note(1, 0.5), note(2, 0.6), note(3, 0.7)] == [[1], [1, 2], [1, 2, 3]]
+    assert note(1, 0.5) == [1, 2, 3]  # the same run again, as after --seeds 1
+    assert note(2, 0.9) == [1, 2]  # another patch: what follows is the old one's
+    assert bench.read_rows()["mine", "idea", 2]["loss"] == 0.9
+
+
+def test_two_at_once_share_a_run(monkeypatch, runs):
+    side = bench.Side("vit.py", "text", ["--dropout", "0.4"])
+    n_started = []
+
+    def slow_run(side, flags, folder):
+        n_started.append(1)
+        time.sleep(0.2)
+        (folder / "model.pt").touch()
+        return {"loss": 1.0, "accuracy": 0.5, "seconds": 1.0}
+
+    monkeypatch.setattr(bench, "run_script", slow_run)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(bench.train, [side, side], [1, 1])
+    assert first == second
+    assert len(n_started) == 1
+
+
 def test_a_change_that_fails_counts_as_worse(tmp_path, capsys, monkeypatch):
     patch = tmp_path / "diverges.patch"
     patch.write_text(f"{HEADER}Flags: --learning_rate 1e30\n")
@@ -121,6 +152,30 @@ def test_a_change_that_fails_counts_as_worse(tmp_path, capsys, monkeypatch):
 def test_a_mistyped_flag_is_no_result(capsys):
     with pytest.raises(SystemExit, match="unrecognized arguments: --dropuot"):
         lines_of(capsys, "vit.py", "--dropuot", "0.1", "--seeds", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("vit.py --dropout 0.1 --seed 3", "--seed is set by bench.py itself"),
+        ("vit.py --out_dir=runs/mine", "--out_dir=runs/mine is set by bench.py itself"),
+        ("vit.py --dropout 0.1 --seeds 0", "--seeds and --jobs must be at least 1"),
+        ("vit.py --dropout 0.1 --jobs -1", "--seeds and --jobs must be at least 1"),
+    ],
+)
+def test_bad_flags_are_named(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments.split())
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_all_targets_are_checked_before_anything_trains(tmp_path, monkeypatch):
+    good = tmp_path / "good.patch"
+    good.write_text(f"{HEADER}Flags: --dropout 0.5\n")
+    monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit, match="can't read .*missing.patch"):
+        bench.main([str(good), str(tmp_path / "missing.patch")])
 
 
 def test_an_edit_may_stay_in_the_script_when_its_patch_is_tried(tmp_path, monkeypatch):
