@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--jobs", type=int, help="runs side by side (default: one per core; one on a GPU)")
     add("--full", action="store_true", help="train at the script's own size")
     args, given = parser.parse_known_args(argv)
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    jobs = args.jobs or (1 if torch.cuda.is_available() else torch.get_num_threads())
     if min(args.seeds, jobs) < 1:
         parser.error("--seeds and --jobs must be at least 1")
     for flag in given:
