@@ -174,7 +174,7 @@ def test_all_targets_are_checked_before_anything_trains(tmp_path, monkeypatch):
     good = tmp_path / "good.patch"
     good.write_text(f"{HEADER}Flags: --dropout 0.5\n")
     monkeypatch.setattr(bench, "compare", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(SystemExit, match="can't read .*missing.patch"):
+    with pytest.raises(SystemExit, match=r"can't read .*missing\.patch"):
         bench.main([str(good), str(tmp_path / "missing.patch")])
 
 
