@@ -44,8 +44,11 @@ RUNS = HERE / "runs" / "bench"
 IDEAS = HERE / "ideas"
 RESULTS = IDEAS / "results.csv"
 COLUMNS = "idea side seed loss accuracy seconds error torch processor commit".split()
+# What is compared, and its column in log.csv.
 FIGURES = {"loss": "test_loss", "accuracy": "test_accuracy", "seconds": "seconds"}
+# Of the picture.
 TICKS = [-0.1, -0.03, -0.01, -0.005, 0, 0.005, 0.01, 0.03, 0.1, 0.3]
+# Flags that are the same for both sides, whatever is compared.
 OURS = "--seed --holdout --resume --out_dir --data_dir --eval_interval".split()
 # The small sizes: about a minute on one core. --subset limits the held-out images as well, so it
 # must not be below 10000. vit.py trains on all images of a batch here (--easy_share 0): to look
@@ -301,7 +304,8 @@ def read_rows() -> dict[tuple, dict]:
 def write_rows(idea: str, seed: int, base: dict, changed: dict) -> None:
     """Note both results of a seed in ideas/results.csv.
 
-    If another loss stood there, script or patch have changed since: rows of further seeds go.
+    A loss that differs from the one noted before means that the script or the patch has changed. So
+    the rows of later seeds, which are from before the change, are dropped.
     """
     commit = git("rev-parse", "--short", "HEAD", folder=HERE).strip()
     where = {"torch": torch.__version__, "processor": processor(), "commit": commit}

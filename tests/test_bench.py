@@ -187,6 +187,7 @@ def test_an_edit_may_stay_in_the_script_when_its_patch_is_tried(tmp_path, monkey
     script.write_text("dropout = 0.5\n")
     patch = tmp_path / "mine.patch"
     patch.write_text(f"{HEADER}\n{bench.git('diff', folder=tmp_path)}")
+    assert bench.sides_of_patch(patch, []) == bench.sides_of_script("vit.py", [], [])  # no new runs
     base, changed = bench.sides_of_patch(patch, [])
     assert (base.text, changed.text) == ("dropout = 0.0\n", "dropout = 0.5\n")
 
